@@ -1,0 +1,2 @@
+def why_not(d): return "x"
+why_not_by_default=why_not

@@ -1,0 +1,15 @@
+"""The specification: plain PyTorch, on anything torch runs on."""
+
+import torch
+
+from zokern.backends.reference.noise import sample
+from zokern.backends.reference.perturb import perturb_
+
+__all__ = ["perturb_", "sample", "why_not", "why_not_by_default"]
+
+
+def why_not(device: torch.device) -> str | None:
+    return None
+
+
+why_not_by_default = why_not

@@ -1,0 +1,66 @@
+"""How a float32 value is kept: in a parameter alone, or in a parameter and a residual.
+
+=========  ========  ==============================================================
+parameter  residual  value
+=========  ========  ==============================================================
+any        none      the parameter
+bfloat16   int16     ``split``: bits = (parameter bits << 16) + residual, mod 2^32
+bfloat16   int8      ``split8``: bits = (parameter bits << 16) + 256·residual
+float16    float16   ``split``: parameter + residual·2^-11
+=========  ========  ==============================================================
+"""
+
+import torch
+from torch import Tensor
+
+MASK32 = 0xFFFFFFFF
+INFINITY_BITS = 0x7F800000
+
+
+def _to_bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int32).long() & MASK32
+
+
+def _from_bits(bits: Tensor) -> Tensor:
+    # int64 → int32 keeps the low 32 bits.
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def load(param: Tensor, residual: Tensor | None) -> Tensor:
+    """The float32 value, shaped like the parameter."""
+    if residual is None:
+        return param.float()
+    if param.dtype == torch.float16:
+        return param.float() + residual.float() * 2.0**-11
+    unit = 256 if residual.dtype == torch.int8 else 1
+    return _from_bits(_to_bits(param.float()) + unit * residual.long())
+
+
+def split(value: Tensor, param_dtype: torch.dtype, residual_dtype: torch.dtype | None) -> tuple:
+    """The (parameter, residual) that keep a float32 value; the residual may be None.
+
+    bfloat16 halves are split ties away from zero, not to even: only so does the difference always
+    fit the residual.
+    """
+    if residual_dtype is None:
+        return value.to(param_dtype), None
+    if param_dtype == torch.float16:
+        param = value.to(torch.float16)
+        residual = ((value - param.float()) * 2.0**11).to(torch.float16)
+        return param, torch.where(torch.isfinite(param), residual, 0)
+    bits = _to_bits(value)
+    special = bits & INFINITY_BITS == INFINITY_BITS
+    if residual_dtype == torch.int8:
+        bits = torch.where(special, bits, (bits + 0x80) & ~0xFF)
+    high = (bits + 0x8000) & ~0xFFFF
+    param = torch.where(special, value, _from_bits(high)).to(torch.bfloat16)
+    unit = 256 if residual_dtype == torch.int8 else 1
+    residual = torch.where(special, 0, (bits - high) // unit)
+    return param, residual.to(residual_dtype)
+
+
+def store(value: Tensor, param: Tensor, residual: Tensor | None) -> None:
+    new_param, new_residual = split(value, param.dtype, None if residual is None else residual.dtype)
+    param.copy_(new_param)
+    if residual is not None:
+        residual.copy_(new_residual)
