@@ -18,6 +18,12 @@
 #define ZK_FN static inline
 #endif
 
+#ifdef __CUDA_ARCH__
+#define ZK_UNROLL _Pragma("unroll")
+#else
+#define ZK_UNROLL
+#endif
+
 namespace zokern {
 
 enum class Law : int {
@@ -48,17 +54,28 @@ struct Words {
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 
-ZK_FN Words philox(Words c, uint32_t key0, uint32_t key1) {
-#ifdef __CUDACC__
-#pragma unroll
-#endif
+// The keys of the ten rounds, the two of a round side by side.
+struct KeySchedule {
+    uint32_t keys[20];
+};
+
+ZK_FN KeySchedule key_schedule(uint32_t key0, uint32_t key1) {
+    KeySchedule schedule;
+    ZK_UNROLL
+    for (uint32_t round = 0; round < 10; ++round) {
+        schedule.keys[2 * round] = key0 + round * kPhiloxW0;
+        schedule.keys[2 * round + 1] = key1 + round * kPhiloxW1;
+    }
+    return schedule;
+}
+
+ZK_FN Words philox(Words c, const KeySchedule& schedule) {
+    ZK_UNROLL
     for (int round = 0; round < 10; ++round) {
         const uint64_t p0 = uint64_t(kPhiloxM0) * c.w[0];
         const uint64_t p1 = uint64_t(kPhiloxM1) * c.w[2];
-        c = {{uint32_t(p1 >> 32) ^ c.w[1] ^ key0, uint32_t(p1),
-              uint32_t(p0 >> 32) ^ c.w[3] ^ key1, uint32_t(p0)}};
-        key0 += kPhiloxW0;
-        key1 += kPhiloxW1;
+        c = {{uint32_t(p1 >> 32) ^ c.w[1] ^ schedule.keys[2 * round], uint32_t(p1),
+              uint32_t(p0 >> 32) ^ c.w[3] ^ schedule.keys[2 * round + 1], uint32_t(p0)}};
     }
     return c;
 }
@@ -74,7 +91,7 @@ ZK_FN Stream make_stream(uint64_t seed, uint64_t tensor_id, uint32_t draw, Law l
 }
 
 ZK_FN Words group_words(const Stream& s, uint32_t group) {
-    return philox({{group, s.c1, s.c2, s.draw}}, s.key0, s.key1);
+    return philox({{group, s.c1, s.c2, s.draw}}, key_schedule(s.key0, s.key1));
 }
 
 ZK_FN float fma32(float a, float b, float c) {
@@ -90,6 +107,19 @@ ZK_FN float sqrt32(float a) {
     return __fsqrt_rn(a);
 #else
     return __builtin_sqrtf(a);
+#endif
+}
+
+// √a for 2^-101 ≤ a: the instructions that __fsqrt_rn becomes on every NVIDIA GPU, less the test for
+// smaller arguments, and like it correctly rounded.
+ZK_FN float sqrt_in_range(float a) {
+#ifdef __CUDA_ARCH__
+    float inverse;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(a));
+    const float root = a * inverse;
+    return fma32(fma32(-root, root, a), 0.5f * inverse, root);
+#else
+    return sqrt32(a);
 #endif
 }
 
@@ -121,12 +151,11 @@ ZK_FN float bits_float(uint32_t u) {
 #endif
 }
 
-// Sum of the four bytes of `bytes`, each times the matching byte of `weights`, all unsigned.
-ZK_FN uint32_t dot_bytes(uint32_t bytes, uint32_t weights) {
+// `sum` plus the four bytes of `bytes`, each times the matching byte of `weights`, all unsigned.
+ZK_FN uint32_t dot_bytes(uint32_t bytes, uint32_t weights, uint32_t sum) {
 #ifdef __CUDA_ARCH__
-    return __dp4a(bytes, weights, 0u);
+    return __dp4a(bytes, weights, sum);
 #else
-    uint32_t sum = 0;
     for (int i = 0; i < 32; i += 8) sum += ((bytes >> i) & 255u) * ((weights >> i) & 255u);
     return sum;
 #endif
@@ -162,8 +191,13 @@ ZK_FN constexpr Gauss gauss32() {
             0x1.66ffaep+1f};
 }
 
-ZK_FN float gauss_value(const Gauss& g, uint32_t bytes) {
-    const float x = float(int32_t(dot_bytes(bytes, g.weights)) - g.centre) * g.scale;
+// The bytes may be those of the law times `unit`, a power of two of at most 16.
+ZK_FN float gauss_value(const Gauss& g, uint32_t bytes, float unit) {
+    // These are the bits of 2^23 + S unit as a float: no integer is converted, which GPUs do
+    // slowly. Everything is exact here.
+    const float biased = bits_float(dot_bytes(bytes, g.weights, 0x4B000000u));
+    const float scale = g.scale / unit;
+    const float x = fma32(biased, scale, -(0x1p23f + float(g.centre) * unit) * scale);
     const float s = x * x;
     float q = fma32(g.c4, s, g.c3);
     q = fma32(q, s, g.c2);
@@ -171,6 +205,9 @@ ZK_FN float gauss_value(const Gauss& g, uint32_t bytes) {
     q = fma32(q, s, g.c0);
     return q * x;
 }
+
+// +1 where the lowest bit is 0, -1 where it is 1.
+ZK_FN float sign_value(uint32_t bit) { return bits_float(0x3F800000u | (bit & 1u) << 31); }
 
 // Coefficients of the `normal` law. log1p(r) = r + r² P(r) on [√½ - 1, √2 - 1];
 // sin(πt/4) = t (kQuarterPi + S(t²)) and cos(πt/4) = C(t²) on [-1, 1]; highest power first.
@@ -184,6 +221,27 @@ constexpr float kCos[5] = {0x1.d99f54p-19f, -0x1.55c4eap-12f, 0x1.03c1dap-6f, -0
 constexpr float kLn2 = 0x1.62e43p-1f;
 constexpr uint32_t kSqrtHalf = 0xB504F334u;  // ⌈√½ · 2^32⌉
 
+// Device code can read the arrays above while it is compiled, not while it runs.
+template <int n>
+struct Series {
+    float c[n];
+};
+
+template <int n>
+ZK_FN constexpr Series<n> series(const float (&coefficients)[n]) {
+    Series<n> result{};
+    for (int i = 0; i < n; ++i) result.c[i] = coefficients[i];
+    return result;
+}
+
+template <int n>
+ZK_FN float horner(const Series<n>& s, float x) {
+    float total = s.c[0];
+    ZK_UNROLL
+    for (int i = 1; i < n; ++i) total = fma32(total, x, s.c[i]);
+    return total;
+}
+
 // √(-2 ln u), u = (word | 1) 2^-32.
 ZK_FN float normal_radius(uint32_t word) {
     const uint32_t n = word | 1u;
@@ -193,14 +251,10 @@ ZK_FN float normal_radius(uint32_t word) {
     // u = (1 + r) 2^-halvings: the shifted word, less 2^32, is r 2^32, exactly.
     const float r = float(int32_t(m << low)) * 0x1p-32f;
     const float halvings = float(zeros + int(low));
-    float p = kLog1p[0];
-#ifdef __CUDACC__
-#pragma unroll
-#endif
-    for (int i = 1; i < 9; ++i) p = fma32(p, r, kLog1p[i]);
-    const float log1p = fma32(r * r, p, r);
+    constexpr Series<9> polynomial = series(kLog1p);
+    const float log1p = fma32(r * r, horner(polynomial, r), r);
     const float minus_log = fma32(halvings, kLn2, -log1p);
-    return sqrt32(minus_log + minus_log);
+    return sqrt_in_range(minus_log + minus_log);
 }
 
 struct CosSin {
@@ -212,56 +266,47 @@ ZK_FN CosSin normal_angle(uint32_t word) {
     const uint32_t quarter = (word + 0x20000000u) >> 30;
     const float t = float(int32_t(word - (quarter << 30))) * 0x1p-29f;
     const float s = t * t;
-    float sine = kSin[0], cosine = kCos[0];
-#ifdef __CUDACC__
-#pragma unroll
-#endif
-    for (int i = 1; i < 4; ++i) sine = fma32(sine, s, kSin[i]);
-#ifdef __CUDACC__
-#pragma unroll
-#endif
-    for (int i = 1; i < 5; ++i) cosine = fma32(cosine, s, kCos[i]);
-    sine = fma32(t, kQuarterPi, t * sine);
+    constexpr Series<4> sine_series = series(kSin);
+    constexpr Series<5> cosine_series = series(kCos);
+    const float sine = fma32(t, kQuarterPi, t * horner(sine_series, s));
+    const float cosine = horner(cosine_series, s);
     const bool swap = quarter & 1u;
     const float c = swap ? sine : cosine, d = swap ? cosine : sine;
     const uint32_t c_sign = ((quarter + 1u) & 2u) << 30, d_sign = (quarter & 2u) << 30;
     return {bits_float(float_bits(c) ^ c_sign), bits_float(float_bits(d) ^ d_sign)};
 }
 
-// Elements 4·half … 4·half + 3 of an octet come from these words (gauss32 and normal).
+// The values of one group's words, in the order of its elements.
 template <Law law>
-ZK_FN void quartet(const Words& words, float* z) {
-    if constexpr (law == Law::gauss32) {
-#ifdef __CUDACC__
-#pragma unroll
-#endif
-        for (int j = 0; j < 4; ++j) z[j] = gauss_value(gauss32(), words.w[j]);
-    } else {
-#ifdef __CUDACC__
-#pragma unroll
-#endif
+ZK_FN void group_values(const Words& words, float* z) {
+    static_assert(law != Law::uniform32 && law != Law::rounding16, "words, not directions");
+    if constexpr (law == Law::gauss16) {
+        ZK_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            z[2 * j] = gauss_value(gauss16(), words.w[j] & 0x0F0F0F0Fu, 1.0f);
+            z[2 * j + 1] = gauss_value(gauss16(), words.w[j] & 0xF0F0F0F0u, 16.0f);
+        }
+    } else if constexpr (law == Law::gauss32) {
+        ZK_UNROLL
+        for (int j = 0; j < 4; ++j) z[j] = gauss_value(gauss32(), words.w[j], 1.0f);
+    } else if constexpr (law == Law::normal) {
+        ZK_UNROLL
         for (int j = 0; j < 4; j += 2) {
             const float radius = normal_radius(words.w[j]);
             const CosSin angle = normal_angle(words.w[j + 1]);
             z[j] = radius * angle.cos;
             z[j + 1] = radius * angle.sin;
         }
+    } else {
+        for (int j = 0; j < 128; ++j) z[j] = sign_value(words.w[j / 32] >> (j % 32));
     }
 }
 
-// Elements 8·index … 8·index + 7 of a draw.
-template <Law law>
-ZK_FN void octet(const Stream& stream, uint64_t index, float* z) {
-    static_assert(law != Law::uniform32 && law != Law::rounding16, "words, not directions");
+// Elements 8·index … 8·index + 7 of a draw. A stream is whatever group_words takes.
+template <Law law, class AnyStream>
+ZK_FN void octet(const AnyStream& stream, uint64_t index, float* z) {
     if constexpr (law == Law::gauss16) {
-        const Words words = group_words(stream, uint32_t(index));
-#ifdef __CUDACC__
-#pragma unroll
-#endif
-        for (int j = 0; j < 4; ++j) {
-            z[2 * j] = gauss_value(gauss16(), words.w[j] & 0x0F0F0F0Fu);
-            z[2 * j + 1] = gauss_value(gauss16(), (words.w[j] >> 4) & 0x0F0F0F0Fu);
-        }
+        group_values<law>(group_words(stream, uint32_t(index)), z);
     } else if constexpr (law == Law::rademacher) {
         const Words words = group_words(stream, uint32_t(index >> 4));
         const uint32_t which = uint32_t(index >> 2) & 3u;
@@ -269,13 +314,11 @@ ZK_FN void octet(const Stream& stream, uint64_t index, float* z) {
         const uint32_t low = which & 1u ? words.w[1] : words.w[0];
         const uint32_t high = which & 1u ? words.w[3] : words.w[2];
         const uint32_t bits = (which & 2u ? high : low) >> (8 * (uint32_t(index) & 3u));
-#ifdef __CUDACC__
-#pragma unroll
-#endif
-        for (int j = 0; j < 8; ++j) z[j] = bits_float(0x3F800000u | ((bits >> j) & 1u) << 31);
+        ZK_UNROLL
+        for (int j = 0; j < 8; ++j) z[j] = sign_value(bits >> j);
     } else {
-        quartet<law>(group_words(stream, uint32_t(2 * index)), z);
-        quartet<law>(group_words(stream, uint32_t(2 * index + 1)), z + 4);
+        group_values<law>(group_words(stream, uint32_t(2 * index)), z);
+        group_values<law>(group_words(stream, uint32_t(2 * index + 1)), z + 4);
     }
 }
 

@@ -109,12 +109,12 @@ ZK_FN Stored store_value(float value) {
         return {param, finite ? to_fp16((value - from_fp16(param)) * 0x1p11f) : 0u};
     } else {
         // Ties away from zero: only so does the difference always fit the residual.
-        if (is_special(bits)) return {is_nan(bits) ? (bits >> 16) | 0x40u : bits >> 16, 0};
+        // A NaN is cut to the parameter's bits first, so that no carry turns it into a number.
+        const uint32_t clean = is_nan(bits) ? (bits & 0xFFFF0000u) | 0x400000u : bits;
         const bool narrow = storage == Storage::bf16_split8;
-        const uint32_t kept = narrow ? (bits + 0x80u) & ~0xFFu : bits;
+        const uint32_t kept = narrow ? clean + 0x80u : clean;
         const uint32_t param = (kept + 0x8000u) >> 16;
-        const uint32_t residual = kept - (param << 16);
-        return {param, narrow ? (residual >> 8) & 0xFFu : residual & 0xFFFFu};
+        return {param, narrow ? (kept >> 8) & 0xFFu : kept & 0xFFFFu};
     }
 }
 

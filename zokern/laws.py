@@ -1,7 +1,10 @@
 """The laws of the noise contract and what identifies a weight in it."""
 
+import functools
 import hashlib
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -11,6 +14,11 @@ class Law:
     code: int
     per_group: int
     is_direction: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values as a tensor; words of up to 32 bits are held in int64."""
+        return torch.float32 if self.is_direction else torch.int64
 
     @property
     def max_elements(self) -> int:
@@ -37,6 +45,7 @@ def canonical_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPER_COMPONENTS)
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def tensor_id(name: str) -> int:
     """The 56-bit id of a named parameter: BLAKE2b of its UTF-8 name, 7 bytes, little-endian.
 

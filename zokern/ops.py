@@ -178,8 +178,7 @@ def _noise_sample_kernel(
 @torch.library.register_fake("zokern::noise_sample")
 def _noise_sample_fake(law, numel, seed, draw, tensor_id, offset, device) -> Tensor:
     _check_sample(law, numel, offset)
-    dtype = torch.int64 if law in ("uniform32", "rounding16") else torch.float32
-    return torch.empty(numel, dtype=dtype, device=device)
+    return torch.empty(numel, dtype=LAWS[law].dtype, device=device)
 
 
 def noise_sample(

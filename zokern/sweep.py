@@ -1,7 +1,8 @@
 """What one sweep over a list of tensors does: the words in which ops speak to a backend."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -36,3 +37,26 @@ class Sweep:
     scales: Sequence[Sequence[float]]
     seed: int
     law: str
+
+
+@contextmanager
+def row_major(sweep: Sweep) -> Iterator[Sweep]:
+    """The sweep over operands that are contiguous, for kernels that take no others.
+
+    Elements are numbered in logical row-major order in every memory format, so an operand in
+    another dense format (channels_last, permuted) is copied, swept and copied back at the end.
+    """
+    copies: list[tuple[Tensor, Tensor]] = []
+
+    def contiguous(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.is_contiguous():
+            return tensor
+        copy = tensor.contiguous()
+        copies.append((tensor, copy))
+        return copy
+
+    params = [contiguous(param) for param in sweep.params]
+    residuals = [contiguous(residual) for residual in sweep.residuals]
+    yield replace(sweep, params=params, residuals=residuals)
+    for tensor, copy in copies:
+        tensor.copy_(copy)

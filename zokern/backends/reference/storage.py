@@ -13,17 +13,15 @@ float16    float16   ``split``: parameter + residual·2^-11
 import torch
 from torch import Tensor
 
-MASK32 = 0xFFFFFFFF
 INFINITY_BITS = 0x7F800000
 
 
 def _to_bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.int32).long() & MASK32
+    return x.contiguous().view(torch.int32)
 
 
 def _from_bits(bits: Tensor) -> Tensor:
-    # int64 → int32 keeps the low 32 bits.
-    return bits.to(torch.int32).view(torch.float32)
+    return bits.view(torch.float32)
 
 
 def load(param: Tensor, residual: Tensor | None) -> Tensor:
@@ -33,7 +31,8 @@ def load(param: Tensor, residual: Tensor | None) -> Tensor:
     if param.dtype == torch.float16:
         return param.float() + residual.float() * 2.0**-11
     unit = 256 if residual.dtype == torch.int8 else 1
-    return _from_bits(_to_bits(param.float()) + unit * residual.long())
+    # int32 sums wrap, as sums of bits modulo 2^32 do.
+    return _from_bits(_to_bits(param.float()) + unit * residual.int())
 
 
 def split(value: Tensor, param_dtype: torch.dtype, residual_dtype: torch.dtype | None) -> tuple:

@@ -1,0 +1,95 @@
+// The module zokern._C: pointers, sizes and streams come in as integers; Python owns the checks.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/cpu.h"
+#include "cuda/cuda.h"
+#include "sweep.h"
+
+namespace py = pybind11;
+
+namespace zokern {
+namespace {
+
+using Ints = std::vector<int64_t>;
+using Pointers = std::vector<uintptr_t>;
+using Floats = std::vector<float>;
+
+Sweep make_sweep(const Pointers& params, const Pointers& residuals, const Ints& numels,
+                 const Ints& offsets, const Ints& row_lengths, const Ints& row_strides,
+                 const std::vector<uint64_t>& tensor_ids, const std::vector<int>& storages,
+                 const std::vector<int>& rows, int law, uint64_t seed,
+                 std::vector<uint32_t> draws, Floats coeffs, Floats scales) {
+    Sweep sweep;
+    sweep.law = Law(law);
+    sweep.seed = seed;
+    for (size_t i = 0; i < params.size(); ++i) {
+        sweep.tensors.push_back({reinterpret_cast<void*>(params[i]),
+                                 reinterpret_cast<void*>(residuals.at(i)), numels.at(i),
+                                 offsets.at(i), row_lengths.at(i), row_strides.at(i),
+                                 tensor_ids.at(i), Storage(storages.at(i)), rows.at(i)});
+    }
+    sweep.draws = std::move(draws);
+    sweep.coeffs = std::move(coeffs);
+    sweep.scales = std::move(scales);
+    return sweep;
+}
+
+}  // namespace
+}  // namespace zokern
+
+PYBIND11_MODULE(_C, m) {
+    using namespace zokern;
+
+    py::class_<Sweep>(m, "Sweep")
+        .def(py::init(&make_sweep), py::arg("params"), py::arg("residuals"), py::arg("numels"),
+             py::arg("offsets"), py::arg("row_lengths"), py::arg("row_strides"),
+             py::arg("tensor_ids"), py::arg("storages"), py::arg("rows"), py::arg("law"),
+             py::arg("seed"), py::arg("draws"), py::arg("coeffs"), py::arg("scales"));
+
+    const auto no_gil = py::call_guard<py::gil_scoped_release>();
+    m.def("cpu_capabilities", &cpu_capabilities);
+    m.def("cpu_sweep", &cpu_sweep, no_gil);
+    m.def(
+        "cpu_sample",
+        [](int law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
+           int64_t offset, uintptr_t out, const std::string& capability, int threads) {
+            cpu_sample(Law(law), numel, seed, draw, tensor_id, offset,
+                       reinterpret_cast<void*>(out), capability, threads);
+        },
+        no_gil);
+    m.def(
+        "cpu_values",
+        [](int law, uintptr_t words, int64_t groups, uintptr_t out,
+           const std::string& capability) {
+            cpu_values(Law(law), reinterpret_cast<const uint32_t*>(words), groups,
+                       reinterpret_cast<void*>(out), capability);
+        },
+        no_gil);
+
+    m.def("host_grid_sweep", &host_grid_sweep, no_gil);
+    m.def(
+        "host_grid_sample",
+        [](int law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
+           int64_t offset, uintptr_t out) {
+            host_grid_sample(Law(law), numel, seed, draw, tensor_id, offset,
+                             reinterpret_cast<void*>(out));
+        },
+        no_gil);
+
+#ifdef ZOKERN_WITH_CUDA
+    m.def("cuda_architectures", &cuda_architectures);
+    m.def("cuda_why_not", &cuda_why_not);
+    m.def("cuda_sweep", &cuda_sweep, no_gil);
+    m.def(
+        "cuda_sample",
+        [](int law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
+           int64_t offset, uintptr_t out, int device, uintptr_t stream) {
+            cuda_sample(Law(law), numel, seed, draw, tensor_id, offset,
+                        reinterpret_cast<void*>(out), device, stream);
+        },
+        no_gil);
+#else
+    m.def("cuda_architectures", [] { return std::vector<int>(); });
+#endif
+}

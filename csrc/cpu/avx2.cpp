@@ -1,0 +1,11 @@
+#if defined(__x86_64__)
+#include "simd_avx2.h"
+//
+#include "simd_kernels.h"
+//
+#include "driver.h"
+
+namespace zokern {
+const CpuKernels kAvx2Kernels = {Simd::kName, sweep, sample, values};
+}  // namespace zokern
+#endif

@@ -1,0 +1,11 @@
+#if defined(__x86_64__)
+#include "simd_avx512.h"
+//
+#include "simd_kernels.h"
+//
+#include "driver.h"
+
+namespace zokern {
+const CpuKernels kAvx512Kernels = {Simd::kName, sweep, sample, values};
+}  // namespace zokern
+#endif

@@ -1,0 +1,26 @@
+// The native CPU operations: the instruction set is chosen at run time, the work spread over
+// threads.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../sweep.h"
+
+namespace zokern {
+
+// Those that this processor has, the best one last.
+std::vector<std::string> cpu_capabilities();
+
+// `capability` is one of cpu_capabilities(), or a std::invalid_argument says so.
+void cpu_sweep(const Sweep& sweep, const std::string& capability, int threads);
+
+// float32 for directions, int64 for words.
+void cpu_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
+                int64_t offset, void* out, const std::string& capability, int threads);
+
+// The values that a law gives to groups of four words; groups must be a multiple of 16.
+void cpu_values(Law law, const uint32_t* words, int64_t groups, void* out,
+                const std::string& capability);
+
+}  // namespace zokern

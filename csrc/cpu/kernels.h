@@ -1,0 +1,38 @@
+// The table of CPU kernels that each instruction set fills in.
+//
+// The files that are compiled for an instruction set keep all they define in unnamed namespaces and
+// instantiate no library templates: code for AVX-512 must not serve as the one copy of an inline
+// function that an older CPU runs too.
+#pragma once
+
+#include "../sweep.h"
+
+namespace zokern {
+
+// The directions of one tensor: t ← scales[k] t, t ← fma(coeffs[k], z(draws[k]), t), k in order.
+struct Directions {
+    Law law;
+    uint64_t seed;
+    int64_t count;
+    const uint32_t* draws;
+    const float* coeffs;
+    const float* scales;
+};
+
+struct CpuKernels {
+    const char* name;
+    // Moves elements [begin, end) of one tensor.
+    void (*sweep)(const Directions&, const SweepTensor&, int64_t begin, int64_t end);
+    // Writes elements [begin, end) of a draw from `out` on: float for directions, int64 for words.
+    void (*sample)(Law, const Stream&, int64_t begin, int64_t end, void* out);
+    // The values of given groups of four words; a multiple of 16 groups; types as for sample.
+    void (*values)(Law, const uint32_t* words, int64_t groups, void* out);
+};
+
+extern const CpuKernels kPortableKernels;
+#if defined(__x86_64__)
+extern const CpuKernels kAvx2Kernels;
+extern const CpuKernels kAvx512Kernels;
+#endif
+
+}  // namespace zokern

@@ -1,0 +1,84 @@
+// The kernels for any processor: the scalar arithmetic of noise.h and storage.h.
+#include "kernels.h"
+
+namespace zokern {
+namespace {
+
+template <Law law>
+constexpr int64_t steps() {
+    return elements_per_group(law) > 8 ? elements_per_group(law) : 8;
+}
+
+template <Law law>
+constexpr int64_t alignment() {
+    return steps<law>();
+}
+
+template <Law law>
+void accumulate(const Stream& stream, uint64_t element, int64_t count, float* t, float coeff,
+                float scale) {
+    float z[8];
+    for (int64_t i = 0; i < count; i += 8) {
+        octet<law>(stream, (element + uint64_t(i)) / 8, z);
+        for (int j = 0; j < 8; ++j) {
+            const float value = scale != 1.0f ? scale * t[i + j] : t[i + j];
+            t[i + j] = fma32(coeff, z[j], value);
+        }
+    }
+}
+
+template <Law law>
+void accumulate_words(const uint32_t* words, int64_t groups, float* t) {
+    constexpr int64_t per_group = elements_per_group(law);
+    for (int64_t g = 0; g < groups; ++g) {
+        Words group;
+        memcpy(group.w, words + 4 * g, sizeof group.w);
+        group_values<law>(group, t + g * per_group);
+    }
+}
+
+void store_words(const Stream& stream, uint32_t group, int64_t groups, uint32_t* words) {
+    for (int64_t i = 0; i < groups; ++i) {
+        const Words w = group_words(stream, group + uint32_t(i));
+        memcpy(words + 4 * i, w.w, sizeof w.w);
+    }
+}
+
+template <int bytes>
+uint32_t load_bits(const unsigned char* p) {
+    uint32_t bits = 0;
+    memcpy(&bits, p, bytes);
+    return bits;
+}
+
+template <Storage storage>
+void load_block(const SweepTensor& tensor, int64_t i, int64_t n, float* t) {
+    constexpr int pb = param_bytes(storage), rb = residual_bytes(storage);
+    const unsigned char* param = static_cast<const unsigned char*>(tensor.param) + i * pb;
+    const unsigned char* residual = static_cast<const unsigned char*>(tensor.residual) + i * rb;
+    for (int64_t j = 0; j < n; ++j) {
+        const Stored stored = {load_bits<pb>(param + j * pb), load_bits<rb>(residual + j * rb)};
+        t[j] = load_value<storage>(stored);
+    }
+}
+
+template <Storage storage>
+void store_block(const SweepTensor& tensor, int64_t i, int64_t n, const float* t) {
+    constexpr int pb = param_bytes(storage), rb = residual_bytes(storage);
+    unsigned char* param = static_cast<unsigned char*>(tensor.param) + i * pb;
+    unsigned char* residual = static_cast<unsigned char*>(tensor.residual) + i * rb;
+    for (int64_t j = 0; j < n; ++j) {
+        const Stored stored = store_value<storage>(t[j]);
+        memcpy(param + j * pb, &stored.param, pb);
+        if (rb > 0) memcpy(residual + j * rb, &stored.residual, rb);
+    }
+}
+
+}  // namespace
+}  // namespace zokern
+
+#include "driver.h"
+
+namespace zokern {
+const CpuKernels kPortableKernels = {"portable", sweep, sample, values};
+}  // namespace zokern

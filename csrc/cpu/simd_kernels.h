@@ -1,0 +1,302 @@
+// The kernels in terms of `Simd`, which the including file has chosen.
+#pragma once
+
+#include "kernels.h"
+
+namespace zokern {
+namespace {
+
+using F = Simd::F;
+using I = Simd::I;
+
+// The words of Simd::kGroups groups, in memory order in two vectors.
+struct Rows {
+    I first, second;
+};
+
+struct PhiloxSource {
+    Stream stream;
+
+    Rows rows(uint32_t group) const {
+        I c0 = Simd::add_i(Simd::set_i(group), Simd::group_order());
+        I c1 = Simd::set_i(stream.c1), c2 = Simd::set_i(stream.c2), c3 = Simd::set_i(stream.draw);
+        const I m0 = Simd::set_i(kPhiloxM0), m1 = Simd::set_i(kPhiloxM1);
+        uint32_t key0 = stream.key0, key1 = stream.key1;
+#pragma GCC unroll 10
+        for (int round = 0; round < 10; ++round) {
+            const I p0 = Simd::mul_wide(c0, m0), p1 = Simd::mul_wide(c2, m1);
+            c0 = Simd::xor3(Simd::high_half(p1), c1, Simd::set_i(key0));
+            c2 = Simd::xor3(Simd::high_half(p0), c3, Simd::set_i(key1));
+            c1 = p1;
+            c3 = p0;
+            key0 += kPhiloxW0;
+            key1 += kPhiloxW1;
+        }
+        Rows rows;
+        Simd::rows(c0, c1, c2, c3, rows.first, rows.second);
+        return rows;
+    }
+};
+
+struct MemorySource {
+    const uint32_t* words;
+
+    Rows rows(uint32_t group) const {
+        return {Simd::load_i(words + 4 * group), Simd::load_i(words + 4 * group + Simd::kWidth)};
+    }
+};
+
+struct Move {
+    F coeff, scale;
+    bool scaled;
+
+    void operator()(float* t, F z) const {
+        F value = Simd::load(t);
+        if (scaled) value = Simd::mul(scale, value);
+        Simd::store(t, Simd::fma(coeff, z, value));
+    }
+};
+
+// z = x q(x²) of sums less the centre, for the sums of four products in each lane.
+template <Law law>
+F gauss(I bytes) {
+    constexpr Gauss g = law == Law::gauss16 ? gauss16() : gauss32();
+    const I start = Simd::set_i(uint32_t(-g.centre)), weights = Simd::set_i(g.weights);
+    // The dot product takes unsigned by signed bytes: weights reach 251 under gauss16, the data 255
+    // under gauss32.
+    const I sum = law == Law::gauss16 ? Simd::dot(start, weights, bytes)
+                                      : Simd::dot(start, bytes, weights);
+    const F x = Simd::mul(Simd::to_float(sum), Simd::set(g.scale));
+    const F s = Simd::mul(x, x);
+    F q = Simd::fma(Simd::set(g.c4), s, Simd::set(g.c3));
+    q = Simd::fma(q, s, Simd::set(g.c2));
+    q = Simd::fma(q, s, Simd::set(g.c1));
+    q = Simd::fma(q, s, Simd::set(g.c0));
+    return Simd::mul(q, x);
+}
+
+template <int n>
+F horner(const float (&coefficients)[n], F x) {
+    F total = Simd::set(coefficients[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < n; ++i) total = Simd::fma(total, x, Simd::set(coefficients[i]));
+    return total;
+}
+
+F normal_radius(I word) {
+    const I n = Simd::or_i(word, Simd::set_i(1));
+    const I zeros = Simd::leading_zeros(n);
+    const I m = Simd::shl_each(n, zeros);
+    const I low = Simd::select(Simd::less_unsigned(m, Simd::set_i(kSqrtHalf)), Simd::set_i(1),
+                               Simd::set_i(0));
+    const F r = Simd::mul(Simd::to_float(Simd::shl_each(m, low)), Simd::set(0x1p-32f));
+    const F log1p = Simd::fma(Simd::mul(r, r), horner(kLog1p, r), r);
+    const F halvings = Simd::to_float(Simd::add_i(zeros, low));
+    const F minus = Simd::as_float(Simd::xor_i(Simd::as_int(log1p), Simd::set_i(0x80000000u)));
+    const F minus_log = Simd::fma(halvings, Simd::set(kLn2), minus);
+    return Simd::sqrt(Simd::add(minus_log, minus_log));
+}
+
+void normal_angle(I word, F& cos, F& sin) {
+    const I shifted = Simd::add_i(word, Simd::set_i(0x20000000u));
+    const I quarter = Simd::template shr<30>(shifted);
+    const I rest = Simd::sub_i(word, Simd::template shl<30>(quarter));
+    const F t = Simd::mul(Simd::to_float(rest), Simd::set(0x1p-29f));
+    const F s = Simd::mul(t, t);
+    const F small = Simd::mul(t, horner(kSin, s));
+    const I sine = Simd::as_int(Simd::fma(t, Simd::set(kQuarterPi), small));
+    const I cosine = Simd::as_int(horner(kCos, s));
+    const auto swap = Simd::nonzero(Simd::and_i(quarter, Simd::set_i(1)));
+    const I two = Simd::set_i(2);
+    const I plus_one = Simd::add_i(quarter, Simd::set_i(1));
+    const I cos_sign = Simd::template shl<30>(Simd::and_i(plus_one, two));
+    const I sin_sign = Simd::template shl<30>(Simd::and_i(quarter, two));
+    cos = Simd::as_float(Simd::xor_i(Simd::select(swap, sine, cosine), cos_sign));
+    sin = Simd::as_float(Simd::xor_i(Simd::select(swap, cosine, sine), sin_sign));
+}
+
+template <Law law>
+void move_rows(const Rows& rows, float* t, const Move& move) {
+    constexpr int w = Simd::kWidth;
+    if constexpr (law == Law::gauss16) {
+        const I nibbles = Simd::set_i(0x0F0F0F0Fu);
+        F first, second;
+        for (const I& row : {rows.first, rows.second}) {
+            const F even = gauss<law>(Simd::and_i(row, nibbles));
+            const F odd = gauss<law>(Simd::and_i(Simd::template shr<4>(row), nibbles));
+            Simd::interleave(even, odd, first, second);
+            move(t, first);
+            move(t + w, second);
+            t += 2 * w;
+        }
+    } else if constexpr (law == Law::gauss32) {
+        move(t, gauss<law>(rows.first));
+        move(t + w, gauss<law>(rows.second));
+    } else if constexpr (law == Law::normal) {
+        const F radius = normal_radius(Simd::even(rows.first, rows.second));
+        F cos, sin;
+        normal_angle(Simd::odd(rows.first, rows.second), cos, sin);
+        cos = Simd::mul(radius, cos);
+        sin = Simd::mul(radius, sin);
+        move(t, Simd::zip_low(cos, sin));
+        move(t + w, Simd::zip_high(cos, sin));
+    } else {
+        unsigned char bits[2 * sizeof(I)];
+        Simd::store_i(bits, rows.first);
+        Simd::store_i(bits + sizeof(I), rows.second);
+        const I one = Simd::as_int(Simd::set(1.0f));
+        for (int i = 0; i < int(sizeof bits) * 8; i += w) {
+            move(t + i, Simd::as_float(Simd::or_i(Simd::sign_bits(bits + i / 8), one)));
+        }
+    }
+}
+
+template <Law law>
+constexpr int64_t steps() {
+    return Simd::kGroups * elements_per_group(law);
+}
+
+template <Law law>
+constexpr int64_t alignment() {
+    return elements_per_group(law);
+}
+
+template <Law law>
+void accumulate(const Stream& stream, uint64_t element, int64_t count, float* t, float coeff,
+                float scale) {
+    const PhiloxSource source{stream};
+    const Move move{Simd::set(coeff), Simd::set(scale), scale != 1.0f};
+    uint32_t group = uint32_t(element / elements_per_group(law));
+    for (int64_t i = 0; i < count; i += steps<law>(), group += Simd::kGroups) {
+        move_rows<law>(source.rows(group), t + i, move);
+    }
+}
+
+template <Law law>
+void accumulate_words(const uint32_t* words, int64_t groups, float* t) {
+    const MemorySource source{words};
+    const Move move{Simd::set(1.0f), Simd::set(1.0f), false};
+    for (int64_t group = 0; group < groups; group += Simd::kGroups) {
+        move_rows<law>(source.rows(uint32_t(group)), t + group * elements_per_group(law), move);
+    }
+}
+
+void store_words(const Stream& stream, uint32_t group, int64_t groups, uint32_t* words) {
+    const PhiloxSource source{stream};
+    for (int64_t i = 0; i < groups; i += Simd::kGroups) {
+        const Rows rows = source.rows(group + uint32_t(i));
+        Simd::store_i(words + 4 * i, rows.first);
+        Simd::store_i(words + 4 * i + Simd::kWidth, rows.second);
+    }
+}
+
+template <Storage storage>
+F load_vector(const unsigned char* param, const unsigned char* residual) {
+    if constexpr (storage == Storage::fp32) {
+        return Simd::as_float(Simd::load_i(param));
+    } else if constexpr (storage == Storage::fp16) {
+        return Simd::load_fp16(param);
+    } else if constexpr (storage == Storage::fp16_split) {
+        return Simd::fma(Simd::load_fp16(residual), Simd::set(0x1p-11f), Simd::load_fp16(param));
+    } else {
+        I bits = Simd::template shl<16>(Simd::load_u16(param));
+        if constexpr (storage == Storage::bf16_split16) {
+            const I high = Simd::template shl<16>(Simd::load_u16(residual));
+            bits = Simd::add_i(bits, Simd::template sar<16>(high));
+        } else if constexpr (storage == Storage::bf16_split8) {
+            const I high = Simd::template shl<24>(Simd::load_u8(residual));
+            bits = Simd::add_i(bits, Simd::template sar<16>(high));
+        }
+        return Simd::as_float(bits);
+    }
+}
+
+// Infinities and NaN lose nothing but a NaN's payload in bfloat16; a carry must not change them.
+template <bool nearest_even>
+I to_bf16_bits(I bits, Simd::Mask special) {
+    I rounding = Simd::set_i(0x8000u);
+    if constexpr (nearest_even) {
+        const I last = Simd::and_i(Simd::template shr<16>(bits), Simd::set_i(1));
+        rounding = Simd::add_i(Simd::set_i(0x7FFFu), last);
+    }
+    const I rounded = Simd::template shr<16>(Simd::add_i(bits, rounding));
+    const I mantissa = Simd::and_i(bits, Simd::set_i(0x007FFFFFu));
+    const I quiet = Simd::select(Simd::nonzero(mantissa), Simd::set_i(0x40u), Simd::set_i(0));
+    return Simd::select(special, Simd::or_i(Simd::template shr<16>(bits), quiet), rounded);
+}
+
+template <Storage storage>
+void store_vector(unsigned char* param, unsigned char* residual, F value) {
+    if constexpr (storage == Storage::fp32) {
+        Simd::store_i(param, Simd::as_int(value));
+    } else if constexpr (storage == Storage::fp16) {
+        Simd::store_fp16(param, value);
+    } else if constexpr (storage == Storage::fp16_split) {
+        const F rounded = Simd::round_to_fp16(value);
+        const I exponent = Simd::set_i(0x7F800000u);
+        const auto special = Simd::equal(Simd::and_i(Simd::as_int(rounded), exponent), exponent);
+        const F rest = Simd::mul(Simd::sub(value, rounded), Simd::set(0x1p11f));
+        Simd::store_fp16(param, value);
+        Simd::store_fp16(residual, Simd::as_float(Simd::select(special, Simd::set_i(0),
+                                                               Simd::as_int(rest))));
+    } else {
+        I bits = Simd::as_int(value);
+        const I exponent = Simd::set_i(0x7F800000u);
+        const auto special = Simd::equal(Simd::and_i(bits, exponent), exponent);
+        if constexpr (storage == Storage::bf16) {
+            Simd::store_u16(param, to_bf16_bits<true>(bits, special));
+        } else {
+            if constexpr (storage == Storage::bf16_split8) {
+                const I nearest = Simd::and_i(Simd::add_i(bits, Simd::set_i(0x80u)),
+                                              Simd::set_i(0xFFFFFF00u));
+                bits = Simd::select(special, bits, nearest);
+            }
+            const I high = to_bf16_bits<false>(bits, special);
+            const I difference = Simd::sub_i(bits, Simd::template shl<16>(high));
+            const I rest = Simd::select(special, Simd::set_i(0), difference);
+            Simd::store_u16(param, high);
+            if constexpr (storage == Storage::bf16_split8) {
+                Simd::store_u8(residual, Simd::template shr<8>(rest));
+            } else {
+                Simd::store_u16(residual, rest);
+            }
+        }
+    }
+}
+
+template <Storage storage>
+void load_block(const SweepTensor& tensor, int64_t i, int64_t n, float* t) {
+    constexpr int w = Simd::kWidth, pb = param_bytes(storage), rb = residual_bytes(storage);
+    const unsigned char* param = static_cast<const unsigned char*>(tensor.param) + i * pb;
+    const unsigned char* residual = static_cast<const unsigned char*>(tensor.residual) + i * rb;
+    int64_t j = 0;
+    for (; j + w <= n; j += w) {
+        Simd::store(t + j, load_vector<storage>(param + j * pb, residual + j * rb));
+    }
+    if (j < n) {
+        unsigned char params[w * pb] = {}, residuals[w * 2] = {};
+        memcpy(params, param + j * pb, size_t(n - j) * pb);
+        if (rb > 0) memcpy(residuals, residual + j * rb, size_t(n - j) * rb);
+        Simd::store(t + j, load_vector<storage>(params, residuals));
+    }
+}
+
+template <Storage storage>
+void store_block(const SweepTensor& tensor, int64_t i, int64_t n, const float* t) {
+    constexpr int w = Simd::kWidth, pb = param_bytes(storage), rb = residual_bytes(storage);
+    unsigned char* param = static_cast<unsigned char*>(tensor.param) + i * pb;
+    unsigned char* residual = static_cast<unsigned char*>(tensor.residual) + i * rb;
+    int64_t j = 0;
+    for (; j + w <= n; j += w) {
+        store_vector<storage>(param + j * pb, residual + j * rb, Simd::load(t + j));
+    }
+    if (j < n) {
+        unsigned char params[w * pb], residuals[w * 2];
+        store_vector<storage>(params, residuals, Simd::load(t + j));
+        memcpy(param + j * pb, params, size_t(n - j) * pb);
+        if (rb > 0) memcpy(residual + j * rb, residuals, size_t(n - j) * rb);
+    }
+}
+
+}  // namespace
+}  // namespace zokern

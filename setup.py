@@ -1,0 +1,159 @@
+"""Builds the native core, ``zokern._C``, with ninja. Needs no torch.
+
+The environment variables that steer it are described in ``zokern/env.py``.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).parent
+CSRC = ROOT / "csrc"
+
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-DNDEBUG",
+]
+INSTRUCTION_SETS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd", "-mavx512vnni"],
+        *["-mfma", "-mf16c"],
+        # The intrinsics' own undefined operands set off these warnings in GCC 12.
+        *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    ],
+}
+NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-cudart=static", "-Xcompiler"]
+NVCC_HOST_FLAGS = "-fPIC,-fvisibility=hidden,-ffp-contract=off"
+
+
+def choice(variable: str, default: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(variable, default)
+    if value not in allowed:
+        sys.exit(f"{variable} must be one of {', '.join(allowed)}; it is {value!r}")
+    return value
+
+
+def find_compiler() -> str | None:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name.split()[0]):
+            return name
+    return None
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home and (Path(home) / "bin" / "nvcc").is_file():
+        return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def cuda_runtime_folder(nvcc: str) -> str:
+    """Where the toolkit that this nvcc belongs to keeps the static CUDA runtime."""
+    steps = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    found = re.search(r"^#\$ TOP=(.*)$", steps, re.MULTILINE)
+    top = Path(found[1].strip()) if found else Path(nvcc).resolve().parent.parent
+    for library in (*top.glob("lib*/libcudart_static.a"), *top.glob("targets/*/lib/libcudart*.a")):
+        return str(library.parent)
+    raise CompileError(f"no libcudart_static.a under {top}: the CUDA toolkit is incomplete")
+
+
+def cuda_arch_flags() -> list[str]:
+    archs = re.split(r"[;, ]+", os.environ.get("ZOKERN_CUDA_ARCHS", "80;90;100").strip())
+    if not all(re.fullmatch(r"\d{2,3}a?", arch) for arch in archs):
+        sys.exit(f"ZOKERN_CUDA_ARCHS must be like '80;90;100', not {';'.join(archs)!r}")
+    newest = max(archs, key=lambda arch: int(arch.rstrip("a")))
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    numbers = ",".join(arch.rstrip("a") for arch in archs)
+    return [
+        *flags,
+        # Code for GPUs newer than the newest of these, compiled by the driver.
+        f"-gencode=arch=compute_{newest},code=compute_{newest}",
+        f'-DZOKERN_CUDA_ARCHS=\\"{numbers}\\"',
+    ]
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import ninja
+        import pybind11
+        from ninja import ninja_syntax
+
+        compiler = find_compiler()
+        assert compiler is not None
+        nvcc = find_nvcc() if choice("ZOKERN_CUDA", "auto", ("auto", "0", "1")) != "0" else None
+        if nvcc is None and os.environ.get("ZOKERN_CUDA") == "1":
+            raise CompileError("ZOKERN_CUDA=1, but nvcc is not on the PATH or in CUDA_HOME")
+
+        build = Path(self.build_temp).resolve() / "native"
+        build.mkdir(parents=True, exist_ok=True)
+        includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+        cxx_flags = [*CXX_FLAGS, *includes, *(["-DZOKERN_WITH_CUDA"] if nvcc else [])]
+        link_flags = ["-shared", "-pthread"]
+        if sys.platform == "darwin":
+            link_flags = ["-bundle", "-undefined", "dynamic_lookup"]
+        if nvcc:
+            link_flags += [f"-L{cuda_runtime_folder(nvcc)}", "-lcudart_static", "-lrt", "-ldl"]
+
+        with open(build / "build.ninja", "w") as file:
+            writer = ninja_syntax.Writer(file)
+            writer.rule(
+                "cxx", f"{compiler} $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d"
+            )
+            # Linked beside the target and moved: a failed link leaves no half module, and a process
+            # that has the old module loaded keeps it.
+            writer.rule(
+                "link", f"{compiler} $in {' '.join(link_flags)} -o $out.tmp && mv -f $out.tmp $out"
+            )
+            if nvcc:
+                flags = " ".join([*NVCC_FLAGS, NVCC_HOST_FLAGS, *cuda_arch_flags()])
+                writer.rule(
+                    "nvcc", f"{nvcc} {flags} -MMD -MF $out.d -c $in -o $out", depfile="$out.d"
+                )
+            objects = []
+            for source in sorted(CSRC.rglob("*.cpp")) + (sorted(CSRC.rglob("*.cu")) if nvcc else []):
+                target = str(build / source.relative_to(CSRC)) + ".o"
+                if source.suffix == ".cu":
+                    writer.build(target, "nvcc", str(source))
+                else:
+                    flags = [*cxx_flags, *INSTRUCTION_SETS.get(source.stem, [])]
+                    writer.build(target, "cxx", str(source), variables={"flags": " ".join(flags)})
+                objects.append(target)
+            output = Path(self.get_ext_fullpath(ext.name)).resolve()
+            output.parent.mkdir(parents=True, exist_ok=True)
+            writer.build(str(output), "link", objects)
+        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)], check=True)
+
+
+def native_extensions() -> list[Extension]:
+    wanted = choice("ZOKERN_NATIVE", "auto", ("auto", "0", "1"))
+    if wanted == "0":
+        return []
+    if find_compiler() is None:
+        if wanted == "1":
+            sys.exit("ZOKERN_NATIVE=1, but there is no C++ compiler; set CXX or install one")
+        print("zokern: no C++ compiler found, building without the native core", file=sys.stderr)
+        return []
+    return [Extension("zokern._C", sources=[])]
+
+
+setup(ext_modules=native_extensions(), cmdclass={"build_ext": NinjaBuild})
