@@ -130,7 +130,9 @@ class NinjaBuild(build_ext):
                     "nvcc", f"{nvcc} {flags} -MMD -MF $out.d -c $in -o $out", depfile="$out.d"
                 )
             objects = []
-            for source in sorted(CSRC.rglob("*.cpp")) + (sorted(CSRC.rglob("*.cu")) if nvcc else []):
+            for source in sorted(CSRC.rglob("*.cpp")) + (
+                sorted(CSRC.rglob("*.cu")) if nvcc else []
+            ):
                 target = str(build / source.relative_to(CSRC)) + ".o"
                 if source.suffix == ".cu":
                     writer.build(target, "nvcc", str(source))

@@ -18,8 +18,8 @@ using Floats = std::vector<float>;
 Sweep make_sweep(const Pointers& params, const Pointers& residuals, const Ints& numels,
                  const Ints& offsets, const Ints& row_lengths, const Ints& row_strides,
                  const std::vector<uint64_t>& tensor_ids, const std::vector<int>& storages,
-                 const std::vector<int>& rows, int law, uint64_t seed,
-                 std::vector<uint32_t> draws, Floats coeffs, Floats scales) {
+                 const std::vector<int>& rows, int law, uint64_t seed, std::vector<uint32_t> draws,
+                 Floats coeffs, Floats scales) {
     Sweep sweep;
     sweep.law = Law(law);
     sweep.seed = seed;
@@ -52,16 +52,15 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_sweep", &cpu_sweep, no_gil);
     m.def(
         "cpu_sample",
-        [](int law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
-           int64_t offset, uintptr_t out, const std::string& capability, int threads) {
-            cpu_sample(Law(law), numel, seed, draw, tensor_id, offset,
-                       reinterpret_cast<void*>(out), capability, threads);
+        [](int law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id, int64_t offset,
+           uintptr_t out, const std::string& capability, int threads) {
+            cpu_sample(Law(law), numel, seed, draw, tensor_id, offset, reinterpret_cast<void*>(out),
+                       capability, threads);
         },
         no_gil);
     m.def(
         "cpu_values",
-        [](int law, uintptr_t words, int64_t groups, uintptr_t out,
-           const std::string& capability) {
+        [](int law, uintptr_t words, int64_t groups, uintptr_t out, const std::string& capability) {
             cpu_values(Law(law), reinterpret_cast<const uint32_t*>(words), groups,
                        reinterpret_cast<void*>(out), capability);
         },
@@ -70,8 +69,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("host_grid_sweep", &host_grid_sweep, no_gil);
     m.def(
         "host_grid_sample",
-        [](int law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
-           int64_t offset, uintptr_t out) {
+        [](int law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id, int64_t offset,
+           uintptr_t out) {
             host_grid_sample(Law(law), numel, seed, draw, tensor_id, offset,
                              reinterpret_cast<void*>(out));
         },
@@ -83,8 +82,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_sweep", &cuda_sweep, no_gil);
     m.def(
         "cuda_sample",
-        [](int law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
-           int64_t offset, uintptr_t out, int device, uintptr_t stream) {
+        [](int law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id, int64_t offset,
+           uintptr_t out, int device, uintptr_t stream) {
             cuda_sample(Law(law), numel, seed, draw, tensor_id, offset,
                         reinterpret_cast<void*>(out), device, stream);
         },

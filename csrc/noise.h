@@ -110,8 +110,8 @@ ZK_FN float sqrt32(float a) {
 #endif
 }
 
-// √a for 2^-101 ≤ a: the instructions that __fsqrt_rn becomes on every NVIDIA GPU, less the test for
-// smaller arguments, and like it correctly rounded.
+// √a for 2^-101 ≤ a: the instructions that __fsqrt_rn becomes on every NVIDIA GPU, less the test
+// for smaller arguments, and like it correctly rounded.
 ZK_FN float sqrt_in_range(float a) {
 #ifdef __CUDA_ARCH__
     float inverse;

@@ -25,7 +25,7 @@ enum class Storage : int {
 ZK_FN constexpr int param_bytes(Storage s) { return s == Storage::fp32 ? 4 : 2; }
 
 ZK_FN constexpr int residual_bytes(Storage s) {
-    return s == Storage::bf16_split8 ? 1
+    return s == Storage::bf16_split8                                ? 1
            : s == Storage::bf16_split16 || s == Storage::fp16_split ? 2
                                                                     : 0;
 }
@@ -35,7 +35,6 @@ struct Stored {
     uint32_t param, residual;
 };
 
-ZK_FN bool is_special(uint32_t bits) { return (bits & 0x7F800000u) == 0x7F800000u; }
 ZK_FN bool is_nan(uint32_t bits) { return (bits & 0x7FFFFFFFu) > 0x7F800000u; }
 
 ZK_FN uint32_t to_bf16(float value) {

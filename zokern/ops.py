@@ -12,22 +12,14 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zokern import backends
+from zokern.checks import check_elements, check_memory, check_operand
 from zokern.laws import LAWS
 from zokern.sweep import Shard, Sweep
 
 T = TypeVar("T")
 Numbers = Sequence[float] | Sequence[Sequence[float]] | Tensor
-
-PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Which residuals each parameter dtype can have.
-RESIDUAL_DTYPES = {
-    torch.float32: (),
-    torch.bfloat16: (torch.int16, torch.int8),
-    torch.float16: (torch.float16,),
-}
 
 torch.library.define(
     "zokern::perturb_",
@@ -94,10 +86,10 @@ def perturb_(
     seed = _integer("seed", seed, bits=64)
     ids = list(range(count)) if tensor_ids is None else _integers("tensor_ids", tensor_ids, bits=56)
     _check_length("tensor_ids", ids, count)
-    shards = [None] * count if shards is None else list(shards)
-    _check_length("shards", shards, count)
-    residuals = [None] * count if residuals is None else list(residuals)
-    _check_length("residuals", residuals, count)
+    shard_list = [None] * count if shards is None else list(shards)
+    _check_length("shards", shard_list, count)
+    residual_list = [None] * count if residuals is None else list(residuals)
+    _check_length("residuals", residual_list, count)
 
     by_device: dict[torch.device, list[int]] = {}
     for i, param in enumerate(params):
@@ -105,24 +97,24 @@ def perturb_(
 
     calls = []
     for members in by_device.values():
-        own_residuals = [r for i in members if (r := residuals[i]) is not None]
+        own_residuals = [r for i in members if (r := residual_list[i]) is not None]
         slots = iter(range(len(own_residuals)))
         arguments = (
             _pick(params, members),
             own_residuals,
-            [-1 if residuals[i] is None else next(slots) for i in members],
+            [-1 if residual_list[i] is None else next(slots) for i in members],
             draws,
             _flat(coeff_rows, members),
             [] if scale_rows is None else _flat(scale_rows, members),
             _signed(seed),
             law,
             _pick(ids, members),
-            [n for i in members for n in _shard_numbers(i, shards[i], params[i])],
+            [n for i in members for n in _shard_numbers(i, shard_list[i], params[i])],
         )
         calls.append(arguments)
     if len(calls) > 1:
         for arguments in calls:
-            _check_memory(_sweep(*arguments))
+            check_memory(_sweep(*arguments))
     with torch.no_grad():
         for arguments in calls:
             torch.ops.zokern.perturb_(*arguments)
@@ -146,9 +138,9 @@ def _perturb_kernel(
     )
     if not params:
         return
-    _check_memory(sweep)
+    check_memory(sweep)
     backends.select(params[0].device).perturb_(sweep)
-    # The dispatcher leaves this to the kernels; autograd relies on it to notice stale saved tensors.
+    # The dispatcher leaves this to the kernels; autograd notices stale saved tensors by it.
     torch.autograd.graph.increment_version(
         [tensor for tensor in (*params, *residuals) if not tensor.is_inference()]
     )
@@ -209,7 +201,7 @@ def _check_sample(law: str, numel: int, offset: int) -> None:
         raise ValueError(f"unknown law {law!r}; there are {', '.join(LAWS)}")
     _integer("numel", numel, bits=63)
     _integer("offset", offset, bits=63)
-    _check_elements("the range", offset + numel, law)
+    check_elements("the range", offset + numel, law)
 
 
 def _sweep(
@@ -249,109 +241,8 @@ def _sweep(
         law=law,
     )
     for i in range(count):
-        _check_operand(sweep, i)
+        check_operand(sweep, i)
     return sweep
-
-
-def _check_operand(sweep: Sweep, i: int) -> None:
-    param, residual, shard = sweep.params[i], sweep.residuals[i], sweep.shards[i]
-    name = _describe("params", i, param)
-    _check_strided(name, param)
-    if param.dtype not in PARAM_DTYPES:
-        raise TypeError(f"{name}: its dtype must be float32, bfloat16 or float16")
-    if param.device != sweep.params[0].device:
-        raise ValueError(f"{name} is on {param.device}, params[0] on {sweep.params[0].device}")
-    if residual is not None:
-        _check_residual(name, param, _describe("residuals", i, residual), residual)
-    if param.numel() == 0:
-        return
-    fills = shard.row_length > 0 and param.numel() % shard.row_length == 0
-    rows = param.numel() // shard.row_length if fills else 0
-    if not fills or shard.offset < 0 or (rows > 1 and shard.row_stride < shard.row_length):
-        raise ValueError(
-            f"{name}: {shard} does not describe {param.numel()} elements; rows of row_length must "
-            "fill the tensor, row_stride be at least row_length, offset not negative"
-        )
-    last = shard.offset + (rows - 1) * shard.row_stride + shard.row_length - 1
-    _check_elements(name, last + 1, sweep.law)
-
-
-def _check_residual(name: str, param: Tensor, residual_name: str, residual: Tensor) -> None:
-    _check_strided(residual_name, residual)
-    wanted = RESIDUAL_DTYPES[param.dtype]
-    if residual.dtype not in wanted:
-        which = " or ".join(str(dtype) for dtype in wanted) or "no residual"
-        raise TypeError(f"{residual_name}: {name} takes {which} beside it")
-    if residual.shape != param.shape or residual.device != param.device:
-        raise ValueError(f"{residual_name}: it must have the shape and device of {name}")
-    if _significant_strides(residual) != _significant_strides(param):
-        raise ValueError(
-            f"{residual_name}: its strides {residual.stride()} must be those of {name}, "
-            f"{param.stride()}; make it with torch.empty_like or zeros_like"
-        )
-
-
-def _check_strided(name: str, tensor: Tensor) -> None:
-    if is_traceable_wrapper_subclass(tensor):
-        kind = type(tensor).__name__
-        raise TypeError(f"{name} is a {kind}: give the local tensor that it wraps, with shards=")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} has layout {tensor.layout}: only strided tensors are swept")
-    if tensor.is_conj() or tensor.is_neg():
-        raise ValueError(f"{name} is a lazily negated or conjugated view and would need a copy")
-    if not is_dense(tensor):
-        raise ValueError(
-            f"{name} has strides {tensor.stride()}, with holes or overlapping elements: a sweep in "
-            "place needs dense memory (a permuted or channels_last tensor is fine); sweep the "
-            "tensor that it is a view of, or a copy"
-        )
-
-
-def _check_memory(sweep: Sweep) -> None:
-    """No two operands may share memory: the sweep would move the shared elements twice."""
-    spans = []
-    for kind, tensors in (("params", sweep.params), ("residuals", sweep.residuals)):
-        for i, tensor in enumerate(tensors):
-            if tensor is not None and tensor.numel() > 0:
-                start = tensor.data_ptr()
-                end = start + tensor.numel() * tensor.element_size()
-                spans.append((start, end, f"{kind}[{i}]"))
-    spans.sort()
-    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
-        if start < end:
-            raise ValueError(
-                f"{first} and {second} share memory: give a tensor once (tied weights too)"
-            )
-
-
-def _significant_strides(tensor: Tensor) -> list[int]:
-    return [
-        stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
-    ]
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor's elements fill a range of memory, each place once, in some order."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    sized = zip(tensor.stride(), tensor.shape, strict=True)
-    for stride, size in sorted((stride, size) for stride, size in sized if size > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _check_elements(name: str, end: int, law: str) -> None:
-    if end > LAWS[law].max_elements:
-        raise ValueError(
-            f"{name} reaches element {end - 1}; {law} counts elements below {LAWS[law].max_elements}"
-        )
-
-
-def _describe(argument: str, i: int, tensor: Tensor) -> str:
-    return f"{argument}[{i}] (shape {tuple(tensor.shape)}, {tensor.dtype})"
 
 
 def _tensor_list(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -361,6 +252,10 @@ def _tensor_list(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
     for i, tensor in enumerate(result):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}[{i}] must be a tensor, not {type(tensor).__name__}")
+        if tensor.is_conj() or tensor.is_neg():
+            # The dispatcher would refuse these too, in words of its own.
+            view = "conjugated" if tensor.is_conj() else "negated"
+            raise ValueError(f"{name}[{i}] is a lazily {view} view: a sweep in place needs a copy")
     return result
 
 
@@ -392,9 +287,9 @@ def _shard_numbers(i: int, shard: tuple[int, int, int] | None, param: Tensor) ->
 
 def _rows(name: str, values: Numbers, count: int, k: int) -> list[list[float]]:
     """One row of K for all tensors, or a row for each."""
-    rows = values.tolist() if isinstance(values, Tensor) else list(values)
-    shared = not rows or not isinstance(rows[0], Sequence)
-    rows = [rows] if shared else [list(row) for row in rows]
+    given: list = values.tolist() if isinstance(values, Tensor) else list(values)
+    shared = not given or not isinstance(given[0], Sequence)
+    rows = [given] if shared else [list(row) for row in given]
     if any(len(row) != k for row in rows) or (not shared and len(rows) != count):
         raise ValueError(
             f"{name} must be {k} numbers, one per draw, or {k} for each of the {count} params; "

@@ -48,15 +48,15 @@ def row_major(sweep: Sweep) -> Iterator[Sweep]:
     """
     copies: list[tuple[Tensor, Tensor]] = []
 
-    def contiguous(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.is_contiguous():
+    def contiguous(tensor: Tensor) -> Tensor:
+        if tensor.is_contiguous():
             return tensor
         copy = tensor.contiguous()
         copies.append((tensor, copy))
         return copy
 
     params = [contiguous(param) for param in sweep.params]
-    residuals = [contiguous(residual) for residual in sweep.residuals]
+    residuals = [None if residual is None else contiguous(residual) for residual in sweep.residuals]
     yield replace(sweep, params=params, residuals=residuals)
     for tensor, copy in copies:
         tensor.copy_(copy)

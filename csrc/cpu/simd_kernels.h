@@ -64,8 +64,8 @@ F gauss(I bytes) {
     const I start = Simd::set_i(uint32_t(-g.centre)), weights = Simd::set_i(g.weights);
     // The dot product takes unsigned by signed bytes: weights reach 251 under gauss16, the data 255
     // under gauss32.
-    const I sum = law == Law::gauss16 ? Simd::dot(start, weights, bytes)
-                                      : Simd::dot(start, bytes, weights);
+    const I sum =
+        law == Law::gauss16 ? Simd::dot(start, weights, bytes) : Simd::dot(start, bytes, weights);
     const F x = Simd::mul(Simd::to_float(sum), Simd::set(g.scale));
     const F s = Simd::mul(x, x);
     F q = Simd::fma(Simd::set(g.c4), s, Simd::set(g.c3));
@@ -237,8 +237,8 @@ void store_vector(unsigned char* param, unsigned char* residual, F value) {
         const auto special = Simd::equal(Simd::and_i(Simd::as_int(rounded), exponent), exponent);
         const F rest = Simd::mul(Simd::sub(value, rounded), Simd::set(0x1p11f));
         Simd::store_fp16(param, value);
-        Simd::store_fp16(residual, Simd::as_float(Simd::select(special, Simd::set_i(0),
-                                                               Simd::as_int(rest))));
+        Simd::store_fp16(residual,
+                         Simd::as_float(Simd::select(special, Simd::set_i(0), Simd::as_int(rest))));
     } else {
         I bits = Simd::as_int(value);
         const I exponent = Simd::set_i(0x7F800000u);
@@ -247,8 +247,8 @@ void store_vector(unsigned char* param, unsigned char* residual, F value) {
             Simd::store_u16(param, to_bf16_bits<true>(bits, special));
         } else {
             if constexpr (storage == Storage::bf16_split8) {
-                const I nearest = Simd::and_i(Simd::add_i(bits, Simd::set_i(0x80u)),
-                                              Simd::set_i(0xFFFFFF00u));
+                const I nearest =
+                    Simd::and_i(Simd::add_i(bits, Simd::set_i(0x80u)), Simd::set_i(0xFFFFFF00u));
                 bits = Simd::select(special, bits, nearest);
             }
             const I high = to_bf16_bits<false>(bits, special);

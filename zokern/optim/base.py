@@ -3,8 +3,7 @@
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any, NoReturn
 
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zokern import ops
+from zokern import checks
 from zokern.laws import LAWS, canonical_name, tensor_id
 from zokern.optim.displacement import Coefficients, Displacement, Member
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.precision import PRECISIONS, log_memory, new_residual, resolve
+from zokern.optim.steps import Estimate, Method, OpenStep, Point, StepResult
 
 Loss = float | Tensor
 
@@ -26,79 +26,6 @@ COUNTERS = ("step", "draws", "skipped")
 
 # After so many steps whose losses are equal bit for bit, something must be wrong.
 EQUAL_STEPS = 3
-
-
-@dataclass(frozen=True)
-class Point:
-    """A place to evaluate the loss: θ + Σ coeffs[k]·z(draws[k]).
-
-    Whoever holds the same weights at rest can move there with :func:`zokern.ops.perturb_`.
-    """
-
-    draws: tuple[int, ...]
-    coeffs: tuple[float, ...]
-    seed: int
-    law: str
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """An estimated gradient, Σ gradient[draw]·z(draw), and the losses that it was made of."""
-
-    gradient: Coefficients
-    losses: Sequence[float]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step did.
-
-    Attributes:
-        losses: those that estimate the gradient, in the order of evaluation.
-        draws: of the directions of the estimate.
-        projected_gradient: for each draw its coefficient: the estimated gradient is
-            Σ projected_gradient[k]·z(draws[k]).
-        skipped: whether a loss was not finite, so that the weights were not updated.
-    """
-
-    losses: tuple[float, ...]
-    draws: tuple[int, ...]
-    projected_gradient: tuple[float, ...]
-    skipped: bool
-
-    @property
-    def loss(self) -> float:
-        """The mean of the losses."""
-        return sum(self.losses) / len(self.losses)
-
-
-# Yields the points of a round, is sent their losses, returns the estimate.
-Method = Generator[list[Coefficients], list[float], Estimate]
-
-
-class OpenStep:
-    """A step whose losses are not all known yet; dropping it leaves no trace."""
-
-    def __init__(self, optimizer: "ZOOptimizer") -> None:
-        self.next_draw: int = optimizer.run["draws"]
-        self.asked = False
-        self._method = optimizer._method(self)
-        self.round = next(self._method)
-
-    def take_draws(self, count: int) -> list[int]:
-        """The numbers of the next directions of the run."""
-        draws = list(range(self.next_draw, self.next_draw + count))
-        self.next_draw += count
-        return draws
-
-    def send(self, losses: list[float]) -> Estimate | None:
-        """The estimate, or None where the method wants another round."""
-        try:
-            self.round = self._method.send(losses)
-        except StopIteration as end:
-            return end.value
-        self.asked = False
-        return None
 
 
 class ZOOptimizer(Optimizer):
@@ -142,7 +69,9 @@ class ZOOptimizer(Optimizer):
         self._equal_steps = 0
         self._warned: set[str] = set()
         settings = (eps, samples, seed, law, precision, bool(fuse_next))
-        self._run_defaults = dict(zip(SETTINGS, settings, strict=True)) | dict.fromkeys(COUNTERS, 0)
+        self._run_defaults: dict[str, Any] = dict(
+            zip(SETTINGS, settings, strict=True)
+        ) | dict.fromkeys(COUNTERS, 0)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
         params = [param for _, param in self._named()]
         residuals = [state["residual"] for state in self.state.values() if "residual" in state]
@@ -202,28 +131,28 @@ class ZOOptimizer(Optimizer):
         owner = type(self).__name__
         names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
         for name, param in zip(names, group["params"], strict=True):
-            if param.dtype not in ops.PARAM_DTYPES:
+            if param.dtype not in checks.PARAM_DTYPES:
                 raise TypeError(
                     f"{owner} moves float32, bfloat16 and float16 parameters; {name} is "
                     f"{param.dtype}"
                 )
-            if param.layout != torch.strided or not ops.is_dense(param):
+            if param.layout != torch.strided or not checks.is_dense(param):
                 raise ValueError(
                     f"{owner} moves parameters in place; {name} is not dense in memory (layout "
                     f"{param.layout}, shape {tuple(param.shape)})"
                 )
             resolve(precision, param.dtype)
         by_id: dict[int, str] = {}
-        for member, (name, _) in zip(self._tensor_ids(), self._named(), strict=True):
-            if by_id.setdefault(member, name) != name:
+        for number, (name, _) in zip(self._tensor_ids(), self._named(), strict=True):
+            if by_id.setdefault(number, name) != name:
                 raise ValueError(
-                    f"{by_id[member]!r} and {name!r} have the same tensor id and would get the same "
-                    "noise: rename one (names of wrappers, such as 'module.', do not count)"
+                    f"{by_id[number]!r} and {name!r} have the same tensor id and would get the "
+                    "same noise: rename one (names of wrappers, such as 'module.', do not count)"
                 )
 
     def _named(self) -> list[tuple[str, Tensor]]:
         """All parameters in order, with their names or, for unnamed ones, their positions."""
-        named = []
+        named: list[tuple[str, Tensor]] = []
         for group in self.param_groups:
             count = len(group["params"])
             positions = [str(i) for i in range(len(named), len(named) + count)]
@@ -281,7 +210,9 @@ class ZOOptimizer(Optimizer):
     def _begin(self) -> OpenStep:
         members = self._members()
         if not members:
-            raise RuntimeError(f"{type(self).__name__}: every parameter is frozen, nothing can move")
+            raise RuntimeError(
+                f"{type(self).__name__}: every parameter is frozen, nothing can move"
+            )
         moving = [member.param for member in self._displacement.members]
         same = len(moving) == len(members) and all(
             before is member.param for before, member in zip(moving, members, strict=True)
@@ -289,7 +220,10 @@ class ZOOptimizer(Optimizer):
         if not same:
             self._move({})
             self._displacement.members = members
-        return OpenStep(self)
+        return self._new_step()
+
+    def _new_step(self) -> OpenStep:
+        return OpenStep(self._method, self.run["draws"])
 
     def _visit(self, points: list[Coefficients]) -> Iterator[Point]:
         for coefficients in points:
@@ -321,8 +255,8 @@ class ZOOptimizer(Optimizer):
         if not all(math.isfinite(value) for value in values):
             self._warn_once(
                 "skipped",
-                f"{type(self).__name__}: a loss is not finite ({values}); the update is skipped, as "
-                "it will be whenever this happens (the param groups count them in 'skipped')",
+                f"{type(self).__name__}: a loss is not finite ({values}); the update is skipped, "
+                "as it will be whenever this happens (the param groups count them in 'skipped')",
             )
             return self._finish(self._open, Estimate({}, values), skipped=True)
         estimate = self._open.send(values)
@@ -343,7 +277,7 @@ class ZOOptimizer(Optimizer):
                 skipped=before["skipped"] + skipped,
             )
             try:
-                next_point = OpenStep(self).round[0] if self.run["fuse_next"] else {}
+                next_point = self._new_step().round[0] if self.run["fuse_next"] else {}
                 self._move(next_point, None if skipped else estimate.gradient)
             except BaseException:
                 self._update_run(**before)
@@ -423,7 +357,7 @@ class ZOOptimizer(Optimizer):
                 "equal",
                 f"the losses of {EQUAL_STEPS} steps running are equal bit for bit, so nothing is "
                 "learned: the loss may not depend on these parameters, be rounded to half "
-                "precision on its way, or see a cached copy of the weights; or eps may be too small",
+                "precision on its way or see a cached copy of the weights, or eps may be too small",
             )
 
     def _warn_once(self, kind: str, message: str) -> None:
@@ -447,7 +381,9 @@ class ZOOptimizer(Optimizer):
         """
         missing = [k for k in (*SETTINGS, *COUNTERS) if k not in state_dict["param_groups"][0]]
         if missing:
-            raise ValueError(f"not a state of {type(self).__name__}: it has no {', '.join(missing)}")
+            raise ValueError(
+                f"not a state of {type(self).__name__}: it has no {', '.join(missing)}"
+            )
         self._check_names(state_dict)
         self.flush()
         super().load_state_dict(state_dict)

@@ -1,5 +1,7 @@
 """Parameter groups that everyone makes."""
 
+from typing import Any
+
 from torch import nn
 
 _NORMS = (
@@ -11,7 +13,7 @@ _NORMS = (
 )
 
 
-def param_groups(module: nn.Module, *, weight_decay: float) -> list[dict]:
+def param_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups of named parameters: one with weight decay, one without it for biases and norms.
 
     A parameter does not decay if it has fewer than two dimensions or belongs to a normalization
@@ -24,7 +26,8 @@ def param_groups(module: nn.Module, *, weight_decay: float) -> list[dict]:
     Returns:
         Groups for ``zokern.MeZO(...)`` or any ``torch.optim`` optimizer; an empty one is left out.
     """
-    decaying, others = [], []
+    decaying: list[tuple[str, nn.Parameter]] = []
+    others: list[tuple[str, nn.Parameter]] = []
     seen = set()
     for prefix, owner in module.named_modules():
         is_norm = isinstance(owner, _NORMS) or type(owner).__name__.endswith("Norm")
@@ -34,7 +37,7 @@ def param_groups(module: nn.Module, *, weight_decay: float) -> list[dict]:
             seen.add(param)
             group = others if is_norm or param.ndim < 2 else decaying
             group.append((name, param))
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decaying, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]

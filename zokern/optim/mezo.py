@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from zokern.optim.base import Estimate, Method, OpenStep, ZOOptimizer
+from zokern.optim.base import ZOOptimizer
+from zokern.optim.steps import Estimate, Method, OpenStep
 
 
 class MeZO(ZOOptimizer):

@@ -18,7 +18,9 @@ def resolve(precision: str, dtype: torch.dtype) -> str:
     if dtype == torch.float32 or precision == "inplace":
         return "inplace"
     if precision == "split8" and dtype != torch.bfloat16:
-        raise ValueError(f"precision='split8' is for bfloat16 parameters, not {dtype}; take 'split'")
+        raise ValueError(
+            f"precision='split8' is for bfloat16 parameters, not {dtype}; take 'split'"
+        )
     return "split" if precision == "auto" else precision
 
 

@@ -8,7 +8,7 @@ import torch
 
 _missing: str | None = None
 try:
-    from zokern import _C
+    import zokern._C as _C
 except ImportError as error:
     _missing = str(error)
 else:

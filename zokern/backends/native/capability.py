@@ -1,6 +1,7 @@
-"""The instruction set of the CPU kernels."""
+"""What the native core was built for, and what this machine makes use of."""
 
-from zokern import _C, env
+import zokern._C as _C
+from zokern import env
 
 
 def cpu_capabilities() -> list[str]:
@@ -19,3 +20,8 @@ def cpu_capability() -> str:
             f"ZOKERN_CPU_CAPABILITY={forced}, but this processor has {', '.join(available)}"
         )
     return forced
+
+
+def cuda_architectures() -> list[int]:
+    """The compute capabilities that it holds kernels for; empty in a build without CUDA."""
+    return _C.cuda_architectures()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zokern import _C
+import zokern._C as _C
 from zokern.backends.native.capability import cpu_capability
 from zokern.laws import LAWS
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from zokern import _C
+import zokern._C as _C
 from zokern.backends.native.capability import cpu_capability
 from zokern.laws import LAWS
 from zokern.sweep import Sweep, row_major

@@ -75,15 +75,16 @@ def gauss32_level(weighted_sum: Tensor) -> Tensor:
 
 def _gauss16(words: Tensor) -> Tensor:
     nibbles = torch.stack([words >> shift & 15 for shift in range(0, 32, 4)], dim=-1)
-    weights = (181, 211, 233, 251)
-    low = sum(w * nibbles[..., 2 * i] for i, w in enumerate(weights))
-    high = sum(w * nibbles[..., 2 * i + 1] for i, w in enumerate(weights))
+    weights = torch.tensor([181, 211, 233, 251], device=words.device)
+    low = (nibbles[..., 0::2] * weights).sum(dim=-1)
+    high = (nibbles[..., 1::2] * weights).sum(dim=-1)
     return gauss16_level(torch.stack([low, high], dim=-1).flatten(1))
 
 
 def _gauss32(words: Tensor) -> Tensor:
-    weights = (55, 73, 57, 71)
-    return gauss32_level(sum(w * (words >> 8 * i & 255) for i, w in enumerate(weights)))
+    bytes_ = torch.stack([words >> shift & 255 for shift in range(0, 32, 8)], dim=-1)
+    weights = torch.tensor([55, 73, 57, 71], device=words.device)
+    return gauss32_level((bytes_ * weights).sum(dim=-1))
 
 
 def _rademacher(words: Tensor) -> Tensor:
@@ -131,7 +132,9 @@ def _normal_angle(word: Tensor) -> tuple[Tensor, Tensor]:
     t = (word - (quarter << 30)).float() * 2.0**-29
     square = t * t
     quarter_pi = torch.tensor(float.fromhex("0x1.921fb6p-1"), device=word.device)
-    sine = _horner(["-0x1.2d9302p-15", "0x1.465e92p-9", "-0x1.4abbbap-4", "-0x1.777a5cp-26"], square)
+    sine = _horner(
+        ["-0x1.2d9302p-15", "0x1.465e92p-9", "-0x1.4abbbap-4", "-0x1.777a5cp-26"], square
+    )
     sine = fma(t, quarter_pi, t * sine)
     cosine = _horner(
         ["0x1.d99f54p-19", "-0x1.55c4eap-12", "0x1.03c1dap-6", "-0x1.3bd3ccp-2", "0x1p+0"], square

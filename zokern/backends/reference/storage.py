@@ -59,7 +59,9 @@ def split(value: Tensor, param_dtype: torch.dtype, residual_dtype: torch.dtype |
 
 
 def store(value: Tensor, param: Tensor, residual: Tensor | None) -> None:
-    new_param, new_residual = split(value, param.dtype, None if residual is None else residual.dtype)
+    new_param, new_residual = split(
+        value, param.dtype, None if residual is None else residual.dtype
+    )
     param.copy_(new_param)
     if residual is not None:
         residual.copy_(new_residual)

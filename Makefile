@@ -1,0 +1,58 @@
+# make test    everything that this machine can check, in an environment of its own
+# make demo    fine-tune a sentence encoder with forward passes only (about ten minutes)
+# make bench   the benchmarks
+# make wheel   a wheel in dist/
+# make format  format the sources
+#
+# Another torch: make test TORCH='torch==2.11.0'.  Another Python: make test PYTHON=python3.12.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+JOBS ?= 2
+
+BIN = $(VENV)/bin
+SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
+CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: test check demo bench wheel format clean
+
+test: check $(VENV)/test
+	$(BIN)/python -m pytest -n $(JOBS)
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+
+demo: $(VENV)/examples
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/docstring_areas.py
+
+bench: $(VENV)/bench
+	$(BIN)/python -m pytest benchmarks
+
+wheel: $(VENV)/torch
+	$(BIN)/pip wheel --no-deps -w dist .
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf build dist zokern/*.so zokern.egg-info $(VENV)
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
+	touch $@
+
+# Installed in place; the build takes its tools from an environment of its own, without torch.
+$(VENV)/zokern: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/dev $(VENV)/test $(VENV)/bench $(VENV)/examples: $(VENV)/zokern
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(notdir $@)]'
+	touch $@

@@ -1,0 +1,80 @@
+"""Residuals: the value of a parameter and its residual is kept exactly."""
+
+import pytest
+import torch
+
+from tests.conftest import choose
+from tests.same_bits import same_bits
+from zokern import ops
+from zokern.backends.reference import storage
+
+
+def stay(params, residuals):
+    """A sweep that moves nothing: every value is loaded and stored again."""
+    ops.perturb_(params, [0], [0.0], seed=0, residuals=residuals)
+
+
+def test_split_keeps_all_bit_patterns(monkeypatch):
+    """All 2^32 pairs of a bfloat16 and an int16, which are all float32 bit patterns, once each."""
+    choose("native", monkeypatch)
+    highs = torch.arange(1 << 16).to(torch.int16)
+    params = torch.empty(1 << 8, 1 << 16, dtype=torch.int16)
+    finite_patterns = 0
+    for start in range(-(1 << 15), 1 << 15, 1 << 8):
+        params.copy_(highs)
+        lows = torch.arange(start, start + (1 << 8)).to(torch.int16)[:, None]
+        residuals = lows.expand(params.shape).contiguous()
+        bits = (highs.int() << 16) + lows.int()
+        finite = bits & 0x7F800000 != 0x7F800000
+        stay([params.view(torch.bfloat16)], [residuals])
+        finite_patterns += finite.sum().item()
+        assert ((params == highs) & (residuals == lows))[finite].all()
+        # Infinities and NaN are kept by the parameter alone.
+        assert not residuals[~finite].any()
+        assert same_bits(
+            params.view(torch.bfloat16)[~finite].float(), bits[~finite].view(torch.float32)
+        )
+    assert finite_patterns == (1 << 32) - (1 << 24)
+
+
+def patterns() -> torch.Tensor:
+    """Every high half with low halves at and around the places where rounding turns."""
+    lows = [0, 1, 0x7F, 0x80, 0x81, 0x17F, 0x7F7F, 0x7F80, 0x7FFF, 0x8000, 0x8001, 0xFF7F, 0xFF80]
+    highs = torch.arange(1 << 16, dtype=torch.int64) << 16
+    bits = highs[:, None] + torch.tensor([*lows, 0xFFFF])
+    return bits.flatten().to(torch.int32).view(torch.float32)
+
+
+def test_reference_split_is_exact():
+    value = patterns()
+    param, residual = storage.split(value, torch.bfloat16, torch.int16)
+    assert same_bits(storage.load(param, residual), value)
+
+
+def test_reference_split8_is_exact_to_sixteen_bits():
+    value = patterns()
+    param, residual = storage.split(value, torch.bfloat16, torch.int8)
+    kept = storage.load(param, residual)
+    assert same_bits(kept.isnan(), value.isnan())
+    bits, kept_bits = value.view(torch.int32).long(), kept.view(torch.int32).long()
+    finite = value.isfinite()
+    assert (kept_bits[finite] % 256 == 0).all()
+    assert ((kept_bits - bits)[finite].abs() <= 128).all()
+    assert torch.equal(kept[value.isinf()], value[value.isinf()])
+
+
+def test_reference_split_of_float16_keeps_22_bits():
+    value = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)) * 0.02
+    param, residual = storage.split(value, torch.float16, torch.float16)
+    assert torch.equal(param, value.half())
+    error = (storage.load(param, residual) - value).abs()
+    assert (error <= value.abs() * 2.0**-22 + 2.0**-36).all()
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.int16, torch.int8], ids=["split", "split8"])
+def test_stored_values_are_those_of_the_reference(kernel_backend, residual_dtype):
+    param, residual = storage.split(patterns(), torch.bfloat16, residual_dtype)
+    got, got_residual = param.clone(), residual.clone()
+    stay([got], [got_residual])
+    assert same_bits(got, param)
+    assert torch.equal(got_residual, residual)

@@ -1,0 +1,60 @@
+"""The native core (csrc/bindings.cpp). Pointers and streams are integers, enumerators too."""
+
+class Sweep:
+    def __init__(
+        self,
+        *,
+        params: list[int],
+        residuals: list[int],
+        numels: list[int],
+        offsets: list[int],
+        row_lengths: list[int],
+        row_strides: list[int],
+        tensor_ids: list[int],
+        storages: list[int],
+        rows: list[int],
+        law: int,
+        seed: int,
+        draws: list[int],
+        coeffs: list[float],
+        scales: list[float],
+    ) -> None: ...
+
+def cpu_capabilities() -> list[str]: ...
+def cpu_sweep(sweep: Sweep, capability: str, threads: int, /) -> None: ...
+def cpu_sample(
+    law: int,
+    numel: int,
+    seed: int,
+    draw: int,
+    tensor_id: int,
+    offset: int,
+    out: int,
+    capability: str,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_values(law: int, words: int, groups: int, out: int, capability: str, /) -> None: ...
+
+# The bodies of the CUDA kernels, run on the host over a simulated grid.
+def host_grid_sweep(sweep: Sweep, /) -> None: ...
+def host_grid_sample(
+    law: int, numel: int, seed: int, draw: int, tensor_id: int, offset: int, out: int, /
+) -> None: ...
+def cuda_architectures() -> list[int]: ...
+
+# Only in a build with CUDA, that is where cuda_architectures() is not empty.
+def cuda_why_not(device: int, /) -> str: ...
+def cuda_sweep(sweep: Sweep, device: int, stream: int, /) -> None: ...
+def cuda_sample(
+    law: int,
+    numel: int,
+    seed: int,
+    draw: int,
+    tensor_id: int,
+    offset: int,
+    out: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...

@@ -1,0 +1,67 @@
+"""``python -m zokern``: what is installed, which backends run here, and why others do not."""
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+import zokern
+from zokern import backends
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _native_details() -> list[tuple[str, str]]:
+    native = backends.load("native")
+    if native.why_not(torch.device("cpu")) is not None:
+        return []
+    from zokern.backends.native.capability import (
+        cpu_capabilities,
+        cpu_capability,
+        cuda_architectures,
+    )
+
+    archs = ", ".join(f"sm_{arch}" for arch in cuda_architectures()) or "none (built without CUDA)"
+    return [
+        ("instruction set", f"{cpu_capability()} (of {', '.join(cpu_capabilities())})"),
+        ("threads", str(torch.get_num_threads())),
+        ("CUDA architectures", archs),
+    ]
+
+
+def report() -> str:
+    """The versions, the backends for each kind of device, and the details of the native core."""
+    rows = [
+        ("zokern", zokern.__version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("triton", _version("triton")),
+    ]
+    for kind in backends.device_kinds():
+        device = torch.device(kind)
+        chosen = backends.select(device).__name__.rpartition(".")[2]
+        for name in backends.ORDER:
+            reason = backends.load(name).why_not(device)
+            state = "in use" if name == chosen else "available"
+            rows.append((f"{name} on {kind}", state if reason is None else f"missing: {reason}"))
+    rows += _native_details()
+    width = max(len(label) for label, _ in rows) + 2
+    return "\n".join(f"{label:<{width}}{value}" for label, value in rows)
+
+
+def main() -> None:
+    try:
+        print(report())
+    except (RuntimeError, ValueError) as error:
+        # An environment variable asks for what cannot be had.
+        sys.exit(f"zokern: {error}")
+
+
+if __name__ == "__main__":
+    main()
