@@ -77,18 +77,23 @@ def cuda_runtime_folder(nvcc: str) -> str:
     raise CompileError(f"no libcudart_static.a under {top}: the CUDA toolkit is incomplete")
 
 
+def compression_flags(nvcc: str) -> list[str]:
+    """The kernels' parameter structs make large, mostly empty sections of every architecture."""
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)", version)
+    return ["--compress-mode=size"] if release and int(release[1]) >= 13 else []
+
+
 def cuda_arch_flags() -> list[str]:
     archs = re.split(r"[;, ]+", os.environ.get("ZOKERN_CUDA_ARCHS", "80;90;100").strip())
     if not all(re.fullmatch(r"\d{2,3}a?", arch) for arch in archs):
         sys.exit(f"ZOKERN_CUDA_ARCHS must be like '80;90;100', not {';'.join(archs)!r}")
     newest = max(archs, key=lambda arch: int(arch.rstrip("a")))
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    numbers = ",".join(arch.rstrip("a") for arch in archs)
     return [
         *flags,
         # Code for GPUs newer than the newest of these, compiled by the driver.
         f"-gencode=arch=compute_{newest},code=compute_{newest}",
-        f'-DZOKERN_CUDA_ARCHS=\\"{numbers}\\"',
     ]
 
 
@@ -125,9 +130,11 @@ class NinjaBuild(build_ext):
                 "link", f"{compiler} $in {' '.join(link_flags)} -o $out.tmp && mv -f $out.tmp $out"
             )
             if nvcc:
-                flags = " ".join([*NVCC_FLAGS, NVCC_HOST_FLAGS, *cuda_arch_flags()])
+                flags = [*NVCC_FLAGS, NVCC_HOST_FLAGS, *cuda_arch_flags(), *compression_flags(nvcc)]
                 writer.rule(
-                    "nvcc", f"{nvcc} {flags} -MMD -MF $out.d -c $in -o $out", depfile="$out.d"
+                    "nvcc",
+                    f"{nvcc} {' '.join(flags)} -MMD -MF $out.d -c $in -o $out",
+                    depfile="$out.d",
                 )
             objects = []
             for source in sorted(CSRC.rglob("*.cpp")) + (

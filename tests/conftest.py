@@ -16,6 +16,14 @@ from zokern import backends
 CAPABILITIES = ("portable", "avx2", "avx512")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA GPU"))
+
+
 def variants() -> list[str]:
     return ["reference", *(f"native-{name}" for name in CAPABILITIES), "triton"]
 

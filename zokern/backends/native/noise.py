@@ -23,6 +23,7 @@ def sample(
     if device.type == "cpu":
         _C.cpu_sample(*arguments, cpu_capability(), torch.get_num_threads())
     else:
-        stream = torch.cuda.current_stream(out.device).cuda_stream
-        _C.cuda_sample(*arguments, out.device.index, stream)
+        with torch.cuda.device(out.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _C.cuda_sample(*arguments, out.device.index, stream)
     return out

@@ -24,8 +24,9 @@ def perturb_(sweep: Sweep) -> None:
         if device.type == "cpu":
             _C.cpu_sweep(pack(rows), cpu_capability(), torch.get_num_threads())
         else:
-            stream = torch.cuda.current_stream(device).cuda_stream
-            _C.cuda_sweep(pack(rows), device.index, stream)
+            with torch.cuda.device(device):
+                stream = torch.cuda.current_stream().cuda_stream
+                _C.cuda_sweep(pack(rows), device.index, stream)
 
 
 def pack(sweep: Sweep) -> _C.Sweep:

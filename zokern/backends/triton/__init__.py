@@ -1,2 +1,48 @@
-def why_not(d): return "x"
-why_not_by_default=why_not
+"""The kernels in Triton: for NVIDIA, AMD and Intel GPUs, and for tests under its interpreter.
+
+Triton is imported when it is first asked for: the package works without it.
+"""
+
+import torch
+from torch import Tensor
+
+from zokern.sweep import Sweep
+
+__all__ = ["perturb_", "sample", "why_not", "why_not_by_default"]
+
+
+def why_not(device: torch.device) -> str | None:
+    try:
+        from zokern.backends.triton import launch
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return launch.why_not(device.type)
+
+
+def why_not_by_default(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        return "on a CPU it runs only under Triton's interpreter, which is for tests"
+    return why_not(device)
+
+
+def perturb_(sweep: Sweep) -> None:
+    from zokern.backends.triton import perturb
+
+    perturb.perturb_(sweep)
+
+
+def sample(
+    law: str,
+    numel: int,
+    *,
+    seed: int,
+    draw: int,
+    tensor_id: int,
+    offset: int,
+    device: torch.device,
+) -> Tensor:
+    from zokern.backends.triton import noise
+
+    return noise.sample(
+        law, numel, seed=seed, draw=draw, tensor_id=tensor_id, offset=offset, device=device
+    )

@@ -1,0 +1,121 @@
+// The launches: device, stream and errors.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda.h"
+#include "plan.h"
+#include "sample_body.h"
+#include "sweep_kernel.cuh"
+
+namespace zokern {
+namespace {
+
+std::string describe(cudaError_t status) {
+    return std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status);
+}
+
+void check(cudaError_t status, const char* what) {
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // forgets it: the next launch must not be blamed
+    throw std::runtime_error(std::string(what) + " failed with " + describe(status));
+}
+
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(int device) : device_(device) {
+        check(cudaGetDevice(&before_), "cudaGetDevice");
+        if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+    }
+    ~DeviceGuard() {
+        // Only where needed: cudaSetDevice makes a context on a device that has none.
+        if (before_ != device_) cudaSetDevice(before_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  private:
+    const int device_;
+    int before_ = 0;
+};
+
+template <Law law>
+__global__ void __launch_bounds__(kThreads)
+    sample_global(const __grid_constant__ SampleBatch batch) {
+    sample_body<law>(DeviceContext(), batch);
+}
+
+std::string version(int capability) {
+    return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+}
+
+// Machine code runs within its major version; the newest architecture's PTX on all that follow.
+bool can_run(int capability, const std::vector<int>& compiled) {
+    const auto same_major = [&](int c) { return c / 10 == capability / 10 && c <= capability; };
+    return std::any_of(compiled.begin(), compiled.end(), same_major) ||
+           capability >= *std::max_element(compiled.begin(), compiled.end());
+}
+
+}  // namespace
+
+void cuda_sweep(const Sweep& sweep, int device, uintptr_t stream) {
+    const std::vector<SweepLaunch> launches = plan_sweep(sweep);
+    if (launches.empty()) return;
+    const DeviceGuard guard(device);
+    with_direction(sweep.law, [&](auto law) {
+        for (const SweepLaunch& launch : launches) {
+            const SweepKernel kernel = sweep_kernel<law()>(launch.storage, launch.batch.directions);
+            kernel<<<launch.blocks, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+                launch.batch);
+            check(cudaGetLastError(), "the launch of a sweep");
+        }
+    });
+}
+
+void cuda_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
+                 int64_t offset, void* out, int device, uintptr_t stream) {
+    const SampleLaunch launch = plan_sample(law, numel, seed, draw, tensor_id, offset, out);
+    if (launch.blocks == 0) return;
+    const DeviceGuard guard(device);
+    with_law(law, [&](auto law) {
+        sample_global<law()>
+            <<<launch.blocks, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(launch.batch);
+    });
+    check(cudaGetLastError(), "the launch of a sample");
+}
+
+std::vector<int> cuda_architectures() {
+    std::vector<int> result = {__CUDA_ARCH_LIST__};
+    for (int& architecture : result) architecture /= 10;
+    return result;
+}
+
+std::string cuda_why_not(int device) {
+    int count = 0, driver = 0;
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    if (status != cudaSuccess) {
+        cudaGetLastError();
+        return describe(status);
+    }
+    if (device < 0 || device >= count)
+        return "there is no CUDA device " + std::to_string(device) + ", only " +
+               std::to_string(count);
+    check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+    if (driver < 12010) return "kernel parameters of 32 KB need a driver for CUDA 12.1 or newer";
+
+    int major = 0, minor = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+          "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+          "cudaDeviceGetAttribute");
+    const std::vector<int> compiled = cuda_architectures();
+    if (can_run(10 * major + minor, compiled)) return "";
+    std::string versions;
+    for (int architecture : compiled)
+        versions += (versions.empty() ? "" : ", ") + version(architecture);
+    return "its compute capability is " + version(10 * major + minor) + "; there is code for " +
+           versions + " and newer";
+}
+
+}  // namespace zokern

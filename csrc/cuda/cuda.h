@@ -1,0 +1,36 @@
+// The CUDA kernels, and the same kernels over a simulated grid. No CUDA header is needed here.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../sweep.h"
+
+namespace zokern {
+
+// Failures of the CUDA runtime are thrown as std::runtime_error, with the error's name and text.
+// Nothing waits for the device: the work is queued on `stream`.
+
+// At most kMaxDirections (plan.h) directions; more are an error.
+void cuda_sweep(const Sweep& sweep, int device, uintptr_t stream);
+
+// Elements offset … offset + numel - 1 of a draw: float for gauss16, gauss32, rademacher and
+// normal, int64 for uniform32 and rounding16.
+void cuda_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
+                 int64_t offset, void* out, int device, uintptr_t stream);
+
+// The compute capabilities compiled in, such as {80, 90, 100}; newer devices compile the newest
+// one's PTX.
+std::vector<int> cuda_architectures();
+
+// Why the kernels cannot run on this device; empty where they can.
+std::string cuda_why_not(int device);
+
+// The kernels' own bodies, cut into the same launches, one thread after the other on the host.
+// Present in every build.
+void host_grid_sweep(const Sweep& sweep);
+void host_grid_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
+                      int64_t offset, void* out);
+
+}  // namespace zokern

@@ -1,0 +1,32 @@
+// The sweep's kernel on the device. Each law has a .cu file of its own, so that they compile side
+// by side.
+#pragma once
+
+#include "dispatch.h"
+#include "sweep_body.h"
+
+namespace zokern {
+
+using SweepKernel = void (*)(const SweepBatch);
+
+template <Law law, Storage storage, int K>
+__global__ void __launch_bounds__(kThreads) sweep_global(const __grid_constant__ SweepBatch batch) {
+    sweep_body<law, storage, K>(DeviceContext(), batch);
+}
+
+// The kernel for a storage and a number of directions.
+template <Law law>
+SweepKernel sweep_kernel(Storage storage, uint32_t directions) {
+    SweepKernel kernel = nullptr;
+    with_storage(storage, [&](auto s) {
+        with_directions(directions, [&](auto k) { kernel = sweep_global<law, s(), k()>; });
+    });
+    return kernel;
+}
+
+extern template SweepKernel sweep_kernel<Law::gauss16>(Storage, uint32_t);
+extern template SweepKernel sweep_kernel<Law::gauss32>(Storage, uint32_t);
+extern template SweepKernel sweep_kernel<Law::rademacher>(Storage, uint32_t);
+extern template SweepKernel sweep_kernel<Law::normal>(Storage, uint32_t);
+
+}  // namespace zokern

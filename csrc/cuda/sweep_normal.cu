@@ -1,0 +1,3 @@
+#include "sweep_kernel.cuh"
+
+template zokern::SweepKernel zokern::sweep_kernel<zokern::Law::normal>(Storage, uint32_t);

@@ -1,0 +1,135 @@
+"""On a GPU: the native and Triton kernels against the reference on the CPU, streams, devices."""
+
+import random
+
+import pytest
+import torch
+
+import zokern
+from tests.same_bits import same_bits
+from tests.test_mezo import loss_of, make_model, same_weights
+from tests.test_perturb import DIRECTIONS, STORAGES, clone, make_operands
+from zokern import noise, ops
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["native", "triton", "reference"])
+def gpu_backend(request, monkeypatch):
+    reason = zokern.backends.load(request.param).why_not(torch.device("cuda"))
+    assert reason is None, reason
+    monkeypatch.setenv("ZOKERN_BACKEND", request.param)
+    return request.param
+
+
+def to_gpu(tensors):
+    return [None if t is None else torch.empty_like(t, device="cuda").copy_(t) for t in tensors]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 16])
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("law", DIRECTIONS)
+def test_sweeps_are_those_of_the_reference(gpu_backend, law, storage, k):
+    choose = random.Random(f"{law}{storage}{k}")
+    params, residuals, shards = make_operands(storage)
+    arguments = {
+        "draws": [choose.getrandbits(32) for _ in range(k)],
+        "coeffs": [[choose.uniform(-0.1, 0.1) for _ in range(k)] for _ in params],
+        "scales": [[choose.choice([1.0, 0.9]) for _ in range(k)] for _ in params],
+        "seed": choose.getrandbits(64),
+        "law": law,
+        "tensor_ids": [choose.getrandbits(56) for _ in params],
+        "shards": shards,
+    }
+    got, got_residuals = to_gpu(params), to_gpu(residuals)
+    ops.perturb_(got, residuals=got_residuals, **arguments)
+    wanted, wanted_residuals = clone(params), clone(residuals)
+    with zokern.use_backend("reference"):
+        ops.perturb_(wanted, residuals=wanted_residuals, **arguments)
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        assert same_bits(a.cpu(), b), f"params[{i}]"
+    for i, (a, b) in enumerate(zip(got_residuals, wanted_residuals, strict=True)):
+        assert a is b or same_bits(a.cpu(), b), f"residuals[{i}]"
+
+
+@pytest.mark.parametrize("law", noise.LAWS)
+def test_samples_are_those_of_the_reference(gpu_backend, law):
+    arguments = {"seed": 1 << 63, "draw": 7, "tensor_id": 1 << 55, "offset": (1 << 33) + 3}
+    for numel in (0, 1, 7, 100_003):
+        got = noise.sample(law, numel, device="cuda", **arguments)
+        with zokern.use_backend("reference"):
+            assert same_bits(got.cpu(), noise.sample(law, numel, **arguments))
+
+
+def test_many_tensors_of_a_large_model(gpu_backend):
+    sizes = [1 + (i * 7919) % 5000 for i in range(1500)]
+    got = [torch.zeros(n, device="cuda") for n in sizes]
+    wanted = [torch.zeros(n) for n in sizes]
+    ops.perturb_(got, [3], [1.0], seed=1)
+    with zokern.use_backend("native"):
+        ops.perturb_(wanted, [3], [1.0], seed=1)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_more_than_two_to_the_31_elements(gpu_backend):
+    if gpu_backend == "reference":
+        pytest.skip("the reference would take too long")
+    numel = (1 << 31) + 100
+    tensor = torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
+    ops.perturb_([tensor], [0], [1.0], seed=1)
+    tail = noise.sample("gauss16", 200, seed=1, draw=0, offset=numel - 200)
+    assert torch.equal(tensor[-200:].cpu(), tail.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_run_of_mezo_is_the_same_bits_given_the_same_losses(gpu_backend, dtype):
+    on_gpu, on_cpu = make_model(dtype).cuda(), make_model(dtype)
+    optimizers = [
+        zokern.MeZO(model.named_parameters(), lr=0.01, seed=3, samples=2, weight_decay=0.1)
+        for model in (on_gpu, on_cpu)
+    ]
+    losses = random.Random(0)
+    for _ in range(50):
+        told = [losses.uniform(0, 1) for _ in range(4)]
+        for optimizer in optimizers:
+            with zokern.use_backend(None if optimizer is optimizers[0] else "reference"):
+                list(optimizer.ask())
+                optimizer.tell(told)
+    assert same_weights(on_gpu.cpu(), on_cpu)
+
+
+def test_it_runs_on_the_current_stream(gpu_backend):
+    tensor = torch.zeros(1 << 24, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        tensor.fill_(1.0)
+        ops.perturb_([tensor], [0], [1.0], seed=1)
+        moved = tensor.clone()
+    side.synchronize()
+    z = noise.sample("gauss16", 1 << 24, seed=1, draw=0)
+    assert torch.equal(moved.cpu(), 1 + z)
+
+
+def test_several_devices_in_one_call(gpu_backend):
+    tensors = [torch.zeros(1000, device="cuda"), torch.zeros(1000)]
+    with zokern.use_backend(None if gpu_backend == "triton" else gpu_backend):
+        ops.perturb_(tensors, [0], [1.0], seed=1, tensor_ids=[5, 5])
+    assert torch.equal(tensors[0].cpu(), tensors[1])
+
+
+def test_mezo_learns_on_a_gpu(gpu_backend):
+    from tests import test_mezo
+
+    model = make_model().cuda()
+    inputs, labels = test_mezo.INPUTS.cuda(), test_mezo.LABELS.cuda()
+    optimizer = zokern.MeZO(model.named_parameters(), lr=0.02, seed=3)
+
+    def closure():
+        return torch.nn.functional.cross_entropy(model(inputs), labels)
+
+    before = closure().item()
+    for _ in range(300):
+        optimizer.step(closure)
+    assert closure().item() < 0.7 * before
+    assert loss_of(model.cpu())().item() < 0.7 * before

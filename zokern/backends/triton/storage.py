@@ -1,0 +1,154 @@
+"""How a float32 value is kept: in a parameter alone, or in a parameter and a residual.
+
+A storage is named by its two dtypes; :mod:`zokern.backends.reference.storage` is the specification.
+bfloat16 and integers are handled as bits: the interpreter does not round to bfloat16, and for a
+GPU it is shorter.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from zokern.backends.triton.launch import INTERPRETED
+
+# (parameter, residual) → name.
+STORAGES = {
+    (torch.float32, None): "fp32",
+    (torch.bfloat16, None): "bf16",
+    (torch.float16, None): "fp16",
+    (torch.bfloat16, torch.int16): "bf16_int16",
+    (torch.bfloat16, torch.int8): "bf16_int8",
+    (torch.float16, torch.float16): "fp16_fp16",
+}
+
+_TYPES = {
+    "fp32": tl.float32,
+    "bf16": tl.uint16,
+    "fp16": tl.float16,
+    "int16": tl.uint16,
+    "int8": tl.uint8,
+    "": None,
+}
+
+
+@triton.constexpr_function
+def _types(storage):
+    """Of the parameter and of the residual, None where there is none."""
+    param, _, residual = storage.partition("_")
+    return _TYPES[param], _TYPES[residual]
+
+
+@triton.jit
+def _read(address, TYPE: tl.constexpr, at, mask):
+    """The numbers at these places; integers without a sign, in 32 bits."""
+    x = tl.load(address.to(tl.pointer_type(TYPE)) + at, mask)
+    if tl.float32 == TYPE or tl.float16 == TYPE:
+        return x
+    else:
+        return x.to(tl.uint32)
+
+
+@triton.jit
+def _read_aligned(address, TYPE: tl.constexpr, first, COUNT: tl.constexpr):
+    """COUNT numbers from ``first`` on, in vectors of 16 bytes."""
+    if tl.uint16 == TYPE:
+        # A load of halves would be taken apart in more instructions.
+        words = tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), 16)
+        words = tl.load(words + first // 2 + tl.arange(0, COUNT // 2))
+        return tl.interleave(words & 0xFFFF, words >> 16)
+    else:
+        x = tl.multiple_of(address.to(tl.pointer_type(TYPE)), 16)
+        x = tl.load(x + first + tl.arange(0, COUNT))
+        if tl.uint8 == TYPE:
+            return x.to(tl.uint32)
+        else:
+            return x
+
+
+@triton.jit
+def load(STORAGE: tl.constexpr, param, residual, at, mask):
+    """The float32 values at these places; parameter and residual are given by address."""
+    TYPES: tl.constexpr = _types(STORAGE)
+    if TYPES[1] is None:
+        return _decode(STORAGE, _read(param, TYPES[0], at, mask), None)
+    else:
+        low = _read(residual, TYPES[1], at, mask)
+        return _decode(STORAGE, _read(param, TYPES[0], at, mask), low)
+
+
+@triton.jit
+def load_aligned(STORAGE: tl.constexpr, param, residual, first, COUNT: tl.constexpr):
+    """COUNT values from ``first`` on; both addresses and all of ``first`` are aligned."""
+    TYPES: tl.constexpr = _types(STORAGE)
+    if TYPES[1] is None:
+        return _decode(STORAGE, _read_aligned(param, TYPES[0], first, COUNT), None)
+    else:
+        low = _read_aligned(residual, TYPES[1], first, COUNT)
+        return _decode(STORAGE, _read_aligned(param, TYPES[0], first, COUNT), low)
+
+
+@triton.jit
+def store(STORAGE: tl.constexpr, param, residual, at, mask, value, ALIGNMENT: tl.constexpr):
+    TYPES: tl.constexpr = _types(STORAGE)
+    param = tl.multiple_of(param.to(tl.pointer_type(TYPES[0])), ALIGNMENT)
+    new_param, new_residual = _encode(STORAGE, value)
+    tl.store(param + at, new_param, mask)
+    if TYPES[1] is not None:
+        residual = tl.multiple_of(residual.to(tl.pointer_type(TYPES[1])), ALIGNMENT)
+        tl.store(residual + at, new_residual, mask)
+
+
+@triton.jit
+def _decode(STORAGE: tl.constexpr, param, residual):
+    """The float32 value; a storage without a residual does not look at it."""
+    if STORAGE == "fp32" or STORAGE == "fp16":
+        return param.to(tl.float32)
+    elif STORAGE == "fp16_fp16":
+        # The product is exact.
+        return param.to(tl.float32) + residual.to(tl.float32) * 2.0**-11
+    else:
+        bits = param << 16
+        # A residual's sign bit counts -2^15: flipped it counts +2^15, too much by 2^16 or 2^15.
+        if STORAGE == "bf16_int16":
+            bits = (bits | residual ^ 0x8000) - 0x8000
+        elif STORAGE == "bf16_int8":
+            bits = (bits | (residual ^ 0x80) << 8) - 0x8000
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _encode(STORAGE: tl.constexpr, value):
+    """The parameter and the residual that keep a float32 value."""
+    if STORAGE == "fp32":
+        return value, None
+    elif STORAGE == "fp16":
+        return value.to(tl.float16), None
+    elif STORAGE == "fp16_fp16":
+        param = value.to(tl.float16)
+        finite = tl.abs(param.to(tl.float32)) < float("inf")
+        residual = (value - param.to(tl.float32)) * 2.0**11
+        return param, tl.where(finite, residual, 0.0).to(tl.float16)
+    elif STORAGE == "bf16":
+        return _round_to_bf16(value), None
+    else:
+        bits = value.to(tl.uint32, bitcast=True)
+        # Infinities and NaN have no residual and must not be rounded. What comes out of arithmetic
+        # is a quiet NaN, which its upper half alone says.
+        bits = tl.where(tl.abs(value) < float("inf"), bits, bits & 0xFFFF0000)
+        # Ties go away from zero, so the residual is the lower half, with its sign.
+        if STORAGE == "bf16_int16":
+            return (bits + 0x8000 >> 16).to(tl.uint16), bits.to(tl.uint16)
+        else:
+            return (bits + 0x8080 >> 16).to(tl.uint16), (bits + 0x80 >> 8).to(tl.uint8)
+
+
+@triton.jit
+def _round_to_bf16(value):
+    """The bits of the nearest bfloat16, ties to even."""
+    if INTERPRETED:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = bits + 0x7FFF + (bits >> 16 & 1)
+        nan = bits & 0x7FFFFFFF > 0x7F800000
+        return (tl.where(nan, bits | 0x400000, rounded) >> 16).to(tl.uint16)
+    else:
+        return value.to(tl.bfloat16).to(tl.uint16, bitcast=True)
