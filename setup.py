@@ -97,59 +97,63 @@ def cuda_arch_flags() -> list[str]:
     ]
 
 
+def cuda_compiler() -> str | None:
+    """The nvcc to build the CUDA kernels with; None where they are left out."""
+    wanted = choice("ZOKERN_CUDA", "auto", ("auto", "0", "1"))
+    nvcc = None if wanted == "0" else find_nvcc()
+    if wanted == "1" and nvcc is None:
+        raise CompileError("ZOKERN_CUDA=1, but nvcc is not on the PATH or in CUDA_HOME")
+    return nvcc
+
+
+def write_rules(writer, compiler: str, nvcc: str | None) -> None:
+    writer.rule("cxx", f"{compiler} $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d")
+    link_flags = ["-shared", "-pthread"]
+    if sys.platform == "darwin":
+        link_flags = ["-bundle", "-undefined", "dynamic_lookup"]
+    if nvcc:
+        flags = [*NVCC_FLAGS, NVCC_HOST_FLAGS, *cuda_arch_flags(), *compression_flags(nvcc)]
+        command = f"{nvcc} {' '.join(flags)} -MMD -MF $out.d -c $in -o $out"
+        writer.rule("nvcc", command, depfile="$out.d")
+        link_flags += [f"-L{cuda_runtime_folder(nvcc)}", "-lcudart_static", "-lrt", "-ldl"]
+    # Linked beside the target and moved: a failed link leaves no half module, and a process that
+    # has the old module loaded keeps it.
+    writer.rule("link", f"{compiler} $in {' '.join(link_flags)} -o $out.tmp && mv -f $out.tmp $out")
+
+
+def write_objects(writer, build: Path, includes: list[str], nvcc: str | None) -> list[str]:
+    cxx_flags = [*CXX_FLAGS, *includes, *(["-DZOKERN_WITH_CUDA"] if nvcc else [])]
+    objects = []
+    for source in sorted(CSRC.rglob("*.c*")):
+        target = f"{build / source.relative_to(CSRC)}.o"
+        if source.suffix == ".cpp":
+            flags = [*cxx_flags, *INSTRUCTION_SETS.get(source.stem, [])]
+            writer.build(target, "cxx", str(source), variables={"flags": " ".join(flags)})
+        elif source.suffix == ".cu" and nvcc:
+            writer.build(target, "nvcc", str(source))
+        else:
+            continue
+        objects.append(target)
+    return objects
+
+
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import ninja
         import pybind11
         from ninja import ninja_syntax
 
-        compiler = find_compiler()
+        compiler, nvcc = find_compiler(), cuda_compiler()
         assert compiler is not None
-        nvcc = find_nvcc() if choice("ZOKERN_CUDA", "auto", ("auto", "0", "1")) != "0" else None
-        if nvcc is None and os.environ.get("ZOKERN_CUDA") == "1":
-            raise CompileError("ZOKERN_CUDA=1, but nvcc is not on the PATH or in CUDA_HOME")
-
         build = Path(self.build_temp).resolve() / "native"
-        build.mkdir(parents=True, exist_ok=True)
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        for folder in (build, output.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-        cxx_flags = [*CXX_FLAGS, *includes, *(["-DZOKERN_WITH_CUDA"] if nvcc else [])]
-        link_flags = ["-shared", "-pthread"]
-        if sys.platform == "darwin":
-            link_flags = ["-bundle", "-undefined", "dynamic_lookup"]
-        if nvcc:
-            link_flags += [f"-L{cuda_runtime_folder(nvcc)}", "-lcudart_static", "-lrt", "-ldl"]
-
         with open(build / "build.ninja", "w") as file:
             writer = ninja_syntax.Writer(file)
-            writer.rule(
-                "cxx", f"{compiler} $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d"
-            )
-            # Linked beside the target and moved: a failed link leaves no half module, and a process
-            # that has the old module loaded keeps it.
-            writer.rule(
-                "link", f"{compiler} $in {' '.join(link_flags)} -o $out.tmp && mv -f $out.tmp $out"
-            )
-            if nvcc:
-                flags = [*NVCC_FLAGS, NVCC_HOST_FLAGS, *cuda_arch_flags(), *compression_flags(nvcc)]
-                writer.rule(
-                    "nvcc",
-                    f"{nvcc} {' '.join(flags)} -MMD -MF $out.d -c $in -o $out",
-                    depfile="$out.d",
-                )
-            objects = []
-            for source in sorted(CSRC.rglob("*.cpp")) + (
-                sorted(CSRC.rglob("*.cu")) if nvcc else []
-            ):
-                target = str(build / source.relative_to(CSRC)) + ".o"
-                if source.suffix == ".cu":
-                    writer.build(target, "nvcc", str(source))
-                else:
-                    flags = [*cxx_flags, *INSTRUCTION_SETS.get(source.stem, [])]
-                    writer.build(target, "cxx", str(source), variables={"flags": " ".join(flags)})
-                objects.append(target)
-            output = Path(self.get_ext_fullpath(ext.name)).resolve()
-            output.parent.mkdir(parents=True, exist_ok=True)
-            writer.build(str(output), "link", objects)
+            write_rules(writer, compiler, nvcc)
+            writer.build(str(output), "link", write_objects(writer, build, includes, nvcc))
         subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)], check=True)
 
 

@@ -8,6 +8,10 @@ if not torch.cuda.is_available():
     # Triton's kernels run on the CPU under its interpreter, which must be chosen before the import.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores; threads that wait for each other there take longer than one.
+    torch.set_num_threads(1)
+
 import pytest
 
 import zokern

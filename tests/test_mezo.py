@@ -1,6 +1,7 @@
 """MeZO as its users meet it."""
 
 import copy
+import functools
 import math
 import os
 import pickle
@@ -108,24 +109,32 @@ def test_fifty_steps_are_the_formula_to_float32_rounding(arguments):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-3 * (wanted - start).abs().max())
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, {"samples": 2, "fuse_next": True, "weight_decay": 0.1}], ids=["plain", "all"]
-)
-def test_fifty_steps_are_the_same_bits_on_every_backend(kernel_backend, arguments):
-    model, wanted = make_model(), make_model()
-    train(model, 50, **arguments)
-    with zokern.use_backend("reference"):
-        train(wanted, 50, **arguments)
-    assert same_weights(model, wanted)
+RUNS = {
+    "plain": {},
+    "all": {"samples": 2, "fuse_next": True, "weight_decay": 0.1},
+    "bf16-inplace": {"precision": "inplace"},
+    "bf16-split8": {"precision": "split8"},
+    "bf16-split": {"precision": "split"},
+}
 
 
-@pytest.mark.parametrize("precision", ["inplace", "split8", "split"])
-def test_half_precision_runs_are_the_same_bits_on_every_backend(kernel_backend, precision):
-    model, wanted = make_model(torch.bfloat16), make_model(torch.bfloat16)
-    train(model, 10, precision=precision)
+def run_of(name: str) -> nn.Module:
+    """Fifty steps; ten in half precision."""
+    is_half = name.startswith("bf16")
+    model = make_model(torch.bfloat16 if is_half else torch.float32)
+    train(model, 10 if is_half else 50, **RUNS[name])
+    return model
+
+
+@functools.cache
+def reference_run(name: str) -> nn.Module:
     with zokern.use_backend("reference"):
-        train(wanted, 10, precision=precision)
-    assert same_weights(model, wanted)
+        return run_of(name)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_fifty_steps_are_the_same_bits_on_every_backend(kernel_backend, name):
+    assert same_weights(run_of(name), reference_run(name))
 
 
 def test_it_learns():

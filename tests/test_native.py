@@ -55,7 +55,7 @@ def test_callers_on_several_threads_do_not_disturb_each_other():
 
 
 def digest() -> str:
-    """Of a sweep over many elements, by no parallel operation of torch (those hang after a fork)."""
+    """Of a sweep, without torch's own parallel operations, which hang after a fork."""
     array = np.ones(NUMEL, dtype=np.float32)
     ops.perturb_([torch.from_numpy(array)], [0, 1], [0.1, 0.2], seed=3)
     return hashlib.sha256(array.tobytes()).hexdigest()

@@ -153,7 +153,8 @@ def test_elements_past_two_to_the_33(backend):
 
 
 def test_many_tensors_and_many_directions(backend):
-    count, k = (40, 20) if backend in ("reference", "triton") else (700, 40)
+    # Triton's interpreter is slow.
+    count, k = {"triton": (12, 17), "reference": (40, 20)}.get(backend, (700, 40))
     tensors = [torch.zeros(1 + i % 37) for i in range(count)]
     coeffs = [0.5**d for d in range(k)]
     ops.perturb_(tensors, range(k), coeffs, seed=3)

@@ -36,6 +36,10 @@ def why_not(kind: str) -> str | None:
     return None if own == kind else f"Triton's active driver is for {own}"
 
 
+# No product is fused with a sum but where the code says so, and unsigned sums may wrap around.
+OPTIONS = {"enable_fp_fusion": False, "sanitize_overflow": False}
+
+
 @dataclass(frozen=True)
 class Target:
     """What the kernels' shape depends on."""

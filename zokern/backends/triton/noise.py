@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zokern.backends.triton.launch import FUSED_FMA, on, target
+from zokern.backends.triton.launch import FUSED_FMA, OPTIONS, on, target
 from zokern.laws import LAWS
 
 # Octets that a block of the sampling kernel makes.
@@ -287,9 +287,9 @@ def sample(
     out = torch.empty(numel, dtype=dtype, device=device)
     if numel == 0:
         return out
-    octets = triton.cdiv(offset % 8 + numel, 8)
+    octets = (offset % 8 + numel + 7) // 8
     with on(out.device):
-        sample_kernel[(triton.cdiv(octets, OCTETS),)](
+        sample_kernel[(-(-octets // OCTETS),)](
             out,
             numel,
             offset,
@@ -301,6 +301,6 @@ def sample(
             OCTETS=OCTETS,
             DP4A=target().dp4a,
             num_warps=128 // target().warp_size,
-            enable_fp_fusion=False,
+            **OPTIONS,
         )
     return out

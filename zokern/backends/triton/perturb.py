@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zokern.backends.triton.launch import INTERPRETED, on, target
+from zokern.backends.triton.launch import INTERPRETED, OPTIONS, on, target
 from zokern.backends.triton.noise import fma, octet_values
 from zokern.backends.triton.storage import STORAGES, load, load_aligned, store
 from zokern.sweep import Sweep, row_major
@@ -211,7 +211,7 @@ def _launch(sweep: Sweep, members: list[int], storage: str, rows: bool) -> None:
     octets = [tensor.rows * tensor.octets_per_row for tensor in tensors]
     tile, warps = _tile(storage, sum(octets))
     tiles = min(MAX_TILES, max(1, sum(octets) // (tile * BLOCKS)))
-    blocks = (triton.cdiv(n, tile * tiles) for n in octets)
+    blocks = (-(-n // (tile * tiles)) for n in octets)
     *first_blocks, all_blocks = accumulate(blocks, initial=0)
     numbers = [*first_blocks, *chain(*tensors), *sweep.draws, *_bits(pairs)]
     directions = len(sweep.draws)
@@ -230,7 +230,7 @@ def _launch(sweep: Sweep, members: list[int], storage: str, rows: bool) -> None:
         OCTETS=tile,
         DP4A=target().dp4a,
         num_warps=warps,
-        enable_fp_fusion=False,
+        **OPTIONS,
     )
 
 
@@ -256,6 +256,9 @@ def _columns(sweep: Sweep, i: int, coeff_row: int) -> Columns:
     starts = (shard.offset, *((shard.row_length, shard.row_stride) if rows > 1 else ()))
     whole = all(start % 8 == 0 for start in starts)
     aligned = whole and all(address % 16 == 0 for address in addresses)
+    # A row may begin with the last element of an octet.
+    octets_per_row = (shard.row_length + (7 if whole else 14)) // 8
+    assert rows == 1 or octets_per_row < 1 << 31, "the kernel divides by it in 32 bits"
     return Columns(
         param=addresses[0],
         residual=addresses[1],
@@ -263,8 +266,7 @@ def _columns(sweep: Sweep, i: int, coeff_row: int) -> Columns:
         coeff_row=coeff_row,
         unmasked=param.numel() // 8 if aligned else 0,
         rows=rows,
-        # A row may begin with the last element of an octet.
-        octets_per_row=(shard.row_length + (7 if whole else 14)) // 8,
+        octets_per_row=octets_per_row,
         offset=shard.offset,
         row_length=shard.row_length,
         row_stride=shard.row_stride,

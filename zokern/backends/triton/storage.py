@@ -89,12 +89,15 @@ def load_aligned(STORAGE: tl.constexpr, param, residual, first, COUNT: tl.conste
 
 @triton.jit
 def store(STORAGE: tl.constexpr, param, residual, at, mask, value, ALIGNMENT: tl.constexpr):
+    """Keep the values at these places; the addresses are multiples of ALIGNMENT."""
     TYPES: tl.constexpr = _types(STORAGE)
     param = tl.multiple_of(param.to(tl.pointer_type(TYPES[0])), ALIGNMENT)
-    new_param, new_residual = _encode(STORAGE, value)
-    tl.store(param + at, new_param, mask)
-    if TYPES[1] is not None:
+    if TYPES[1] is None:
+        tl.store(param + at, _round(STORAGE, value), mask)
+    else:
         residual = tl.multiple_of(residual.to(tl.pointer_type(TYPES[1])), ALIGNMENT)
+        new_param, new_residual = _split(STORAGE, value)
+        tl.store(param + at, new_param, mask)
         tl.store(residual + at, new_residual, mask)
 
 
@@ -117,19 +120,29 @@ def _decode(STORAGE: tl.constexpr, param, residual):
 
 
 @triton.jit
-def _encode(STORAGE: tl.constexpr, value):
-    """The parameter and the residual that keep a float32 value."""
+def _round(STORAGE: tl.constexpr, value):
+    """The parameter nearest to a float32 value, ties to even."""
     if STORAGE == "fp32":
-        return value, None
+        return value
     elif STORAGE == "fp16":
-        return value.to(tl.float16), None
-    elif STORAGE == "fp16_fp16":
+        return value.to(tl.float16)
+    elif INTERPRETED:
+        bits = value.to(tl.uint32, bitcast=True)
+        nan = bits & 0x7FFFFFFF > 0x7F800000
+        rounded = tl.where(nan, bits | 0x400000, bits + 0x7FFF + (bits >> 16 & 1))
+        return (rounded >> 16).to(tl.uint16)
+    else:
+        return value.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+
+
+@triton.jit
+def _split(STORAGE: tl.constexpr, value):
+    """The parameter and the residual that keep a float32 value."""
+    if STORAGE == "fp16_fp16":
         param = value.to(tl.float16)
         finite = tl.abs(param.to(tl.float32)) < float("inf")
         residual = (value - param.to(tl.float32)) * 2.0**11
         return param, tl.where(finite, residual, 0.0).to(tl.float16)
-    elif STORAGE == "bf16":
-        return _round_to_bf16(value), None
     else:
         bits = value.to(tl.uint32, bitcast=True)
         # Infinities and NaN have no residual and must not be rounded. What comes out of arithmetic
@@ -140,15 +153,3 @@ def _encode(STORAGE: tl.constexpr, value):
             return (bits + 0x8000 >> 16).to(tl.uint16), bits.to(tl.uint16)
         else:
             return (bits + 0x8080 >> 16).to(tl.uint16), (bits + 0x80 >> 8).to(tl.uint8)
-
-
-@triton.jit
-def _round_to_bf16(value):
-    """The bits of the nearest bfloat16, ties to even."""
-    if INTERPRETED:
-        bits = value.to(tl.uint32, bitcast=True)
-        rounded = bits + 0x7FFF + (bits >> 16 & 1)
-        nan = bits & 0x7FFFFFFF > 0x7F800000
-        return (tl.where(nan, bits | 0x400000, rounded) >> 16).to(tl.uint16)
-    else:
-        return value.to(tl.bfloat16).to(tl.uint16, bitcast=True)
