@@ -68,7 +68,7 @@ def bad_operands():
     yield "complex", complex_base, TypeError, r"params\[1\].*complex64"
     yield "holes", base[:, ::2], ValueError, r"params\[1\].*holes"
     yield "overlapping", torch.zeros(3).expand(4, 3), ValueError, r"params\[1\].*overlapping"
-    yield "sparse", base.to_sparse(), TypeError, r"params\[1\].*layout torch.sparse_coo"
+    yield "sparse", base.to_sparse(), TypeError, r"params\[1\].*layout is torch.sparse_coo"
     yield "negated", complex_base.conj().imag, ValueError, r"params\[1\].*negated"
     yield "not a tensor", 3.0, TypeError, r"params\[1\] must be a tensor, not float"
 

@@ -5,9 +5,9 @@ checks run inside the operator itself, so ``torch.ops.zokern.perturb_`` is as sa
 Nothing is written before every operand has passed.
 """
 
+import array
 import math
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -201,7 +201,10 @@ def _check_sample(law: str, numel: int, offset: int) -> None:
         raise ValueError(f"unknown law {law!r}; there are {', '.join(LAWS)}")
     _integer("numel", numel, bits=63)
     _integer("offset", offset, bits=63)
-    check_elements("the range", offset + numel, law)
+    try:
+        check_elements(offset + numel, law)
+    except ValueError as error:
+        raise ValueError(f"the range [{offset}, {offset + numel}): {error}") from None
 
 
 def _sweep(
@@ -287,29 +290,30 @@ def _shard_numbers(i: int, shard: tuple[int, int, int] | None, param: Tensor) ->
 
 def _rows(name: str, values: Numbers, count: int, k: int) -> list[list[float]]:
     """One row of K for all tensors, or a row for each."""
-    given: list = values.tolist() if isinstance(values, Tensor) else list(values)
+    to_list: Callable[[], list] = getattr(values, "tolist", lambda: list(values))
+    given = to_list()
     shared = not given or not isinstance(given[0], Sequence)
-    rows = [given] if shared else [list(row) for row in given]
+    rows: list[list[float]] = [given] if shared else [list(row) for row in given]
     if any(len(row) != k for row in rows) or (not shared and len(rows) != count):
         raise ValueError(
             f"{name} must be {k} numbers, one per draw, or {k} for each of the {count} params; "
             f"got {values!r}"
         )
-    return [[_float32(f"{name}", number) for number in row] for row in rows]
+    return [_float32(name, row) for row in rows]
 
 
-def _float32(name: str, number: float) -> float:
+def _float32(name: str, numbers: list[float]) -> list[float]:
     try:
-        rounded = struct.unpack("f", struct.pack("f", number))[0]
-    except (OverflowError, struct.error, TypeError):
-        rounded = math.nan
-    if not math.isfinite(rounded):
-        raise ValueError(f"{name} must be finite float32 numbers; got {number!r}")
+        rounded = array.array("f", numbers).tolist()
+    except TypeError:
+        rounded = [math.nan]
+    if not all(map(math.isfinite, rounded)):
+        raise ValueError(f"{name} must be finite float32 numbers; got {numbers!r}")
     return rounded
 
 
 def _unflatten(name: str, flat: list[float], count: int, k: int) -> list[list[float]]:
-    flat = [_float32(name, number) for number in flat]
+    flat = _float32(name, flat)
     if len(flat) == k:
         return [flat] * count
     if len(flat) != count * k:

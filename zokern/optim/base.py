@@ -281,6 +281,7 @@ class ZOOptimizer(Optimizer):
                 self._move(next_point, None if skipped else estimate.gradient)
             except BaseException:
                 self._update_run(**before)
+                self.flush()
                 raise
             self._open = None
             self.last = result

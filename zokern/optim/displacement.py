@@ -14,6 +14,8 @@ from zokern.optim.interrupts import uninterrupted
 
 # The coefficient of each draw's direction.
 Coefficients = dict[int, float]
+# The coefficients and the scales of a sweep, one of each for every direction.
+Row = tuple[list[float], list[float]]
 
 
 @dataclass(frozen=True)
@@ -51,37 +53,50 @@ class Displacement:
         lr and wd being those of each parameter's group.
         """
         draws = list(dict.fromkeys((*self.coefficients, *(gradient or ()), *target)))
-        coeffs, scales = [], []
-        for member in self.members:
-            scale = 1.0 if gradient is None else 1.0 - _lr(member) * member.group["weight_decay"]
-            step = -_lr(member) if not member.group["maximize"] else _lr(member)
-            updates = gradient or {}
-            coeffs.append(
-                [
-                    target.get(draw, 0.0)
-                    - scale * self.coefficients.get(draw, 0.0)
-                    + step * updates.get(draw, 0.0)
-                    for draw in draws
-                ]
-            )
-            # What scales θ scales the first direction's sum with it, and so all of them.
-            scales.append([scale] + [1.0] * (len(draws) - 1))
+        groups = {id(member.group): member.group for member in self.members}
+        rows = {key: self._row(draws, target, gradient, group) for key, group in groups.items()}
+        stays = all(
+            not any(coeffs) and all(scale == 1.0 for scale in scales)
+            for coeffs, scales in rows.values()
+        )
         with uninterrupted():
-            if any(any(row) for row in coeffs) or any(row[0] != 1.0 for row in scales if row):
-                ops.perturb_(
-                    [member.param for member in self.members],
-                    draws,
-                    coeffs,
-                    seed=seed,
-                    law=law,
-                    scales=scales,
-                    tensor_ids=[member.tensor_id for member in self.members],
-                    residuals=[member.residual for member in self.members],
-                )
-                # A cast that autocast has kept would show the forward pass the weights of before.
-                torch.clear_autocast_cache()
+            if not stays:
+                self._sweep(draws, rows, seed=seed, law=law)
             self.coefficients = {draw: c for draw, c in target.items() if c != 0.0}
 
+    def _sweep(self, draws: list[int], rows: dict[int, Row], *, seed: int, law: str) -> None:
+        per_tensor = [rows[id(member.group)] for member in self.members]
+        alike = all(row == per_tensor[0] for row in rows.values())
+        ops.perturb_(
+            [member.param for member in self.members],
+            draws,
+            per_tensor[0][0] if alike else [coeffs for coeffs, _ in per_tensor],
+            seed=seed,
+            law=law,
+            scales=per_tensor[0][1] if alike else [scales for _, scales in per_tensor],
+            tensor_ids=[member.tensor_id for member in self.members],
+            residuals=[member.residual for member in self.members],
+        )
+        # A cast that autocast has kept would show the forward pass the weights of before.
+        torch.clear_autocast_cache()
 
-def _lr(member: Member) -> float:
-    return float(member.group["lr"])
+    def _row(
+        self,
+        draws: list[int],
+        target: Coefficients,
+        gradient: Coefficients | None,
+        group: dict,
+    ) -> Row:
+        """The coefficients and scales of the sweep for a group's parameters."""
+        lr = float(group["lr"])
+        scale = 1.0 if gradient is None else 1.0 - lr * group["weight_decay"]
+        step = lr if group["maximize"] else -lr
+        updates = gradient or {}
+        coeffs = [
+            target.get(draw, 0.0)
+            - scale * self.coefficients.get(draw, 0.0)
+            + step * updates.get(draw, 0.0)
+            for draw in draws
+        ]
+        # The weights are scaled as they stand, displacement and all, before the first direction.
+        return coeffs, [scale, *[1.0] * (len(draws) - 1)][: len(draws)]

@@ -34,12 +34,12 @@ def pack(sweep: Sweep) -> _C.Sweep:
 
     It points to the operands, which must outlive it.
     """
-    rows: dict[tuple[int, int], int] = {}
+    rows: dict[tuple, int] = {}
     row_of = []
     coeffs: list[float] = []
     scales: list[float] = []
     for coeff, scale in zip(sweep.coeffs, sweep.scales, strict=True):
-        key = (id(coeff), id(scale))
+        key = (*coeff, *scale)
         if key not in rows:
             rows[key] = len(rows)
             coeffs += coeff

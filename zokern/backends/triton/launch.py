@@ -16,6 +16,9 @@ INTERPRETED = tl.constexpr(not isinstance(tl.interleave, triton.JITFunction))
 _VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 FUSED_FMA = tl.constexpr(not INTERPRETED.value or _VERSION >= (3, 9))
 
+# No product is fused with a sum but where the code says so, and unsigned sums may wrap around.
+OPTIONS = {"enable_fp_fusion": False, "sanitize_overflow": False}
+
 
 @cache
 def why_not(kind: str) -> str | None:
@@ -31,13 +34,9 @@ def why_not(kind: str) -> str | None:
         )
     try:
         own = driver.active.get_active_torch_device().type
-    except RuntimeError as error:
+    except Exception as error:  # no GPU, no C compiler, …: all of them are reasons
         return f"Triton has no active driver: {error}"
     return None if own == kind else f"Triton's active driver is for {own}"
-
-
-# No product is fused with a sum but where the code says so, and unsigned sums may wrap around.
-OPTIONS = {"enable_fp_fusion": False, "sanitize_overflow": False}
 
 
 @dataclass(frozen=True)

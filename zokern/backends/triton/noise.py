@@ -70,12 +70,12 @@ def philox(c0, c1, c2, c3, key0, key1):
 
 
 @triton.jit
-def _join2(a, b):
+def join2(a, b):
     return tl.reshape(tl.join(a, b), [2 * a.shape[0]])
 
 
 @triton.jit
-def _join4(a, b, c, d):
+def join4(a, b, c, d):
     """a₀ b₀ c₀ d₀ a₁ …; joined in bit-reversed order, each thread keeps its own values."""
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [4 * a.shape[0]])
 
@@ -117,7 +117,7 @@ def gauss16(words, DP4A: tl.constexpr):
     low = _centred_sum(words & 0x0F0F0F0F, WEIGHTS, 6570, 13, DP4A)
     # A high nibble in its place is sixteen times itself.
     high = _centred_sum(words & 0xF0F0F0F0, WEIGHTS, 6570 * 16, 13 + 4, DP4A)
-    x = _join2(low, high)
+    x = join2(low, high)
     COEFFICIENTS: tl.constexpr = _floats(
         "0x1.9e1758p+3", "-0x1.eaff4cp+2", "0x1.226b62p+1", "0x1.49af68p-1", "0x1.eec002p+1"
     )
@@ -195,7 +195,7 @@ def normal(radius_words, angle_words):
     """Box-Muller: two values for each pair of words."""
     radius = _normal_radius(radius_words)
     cos, sin = _normal_angle(angle_words)
-    return _join2(radius * cos, radius * sin)
+    return join2(radius * cos, radius * sin)
 
 
 @triton.jit
@@ -227,18 +227,18 @@ def octet_values(LAW: tl.constexpr, octet, stream, draw, DP4A: tl.constexpr):
     """
     if LAW == "gauss16":
         w0, w1, w2, w3 = _group_words(LAW, octet, stream, draw)
-        return gauss16(_join4(w0, w1, w2, w3), DP4A)
+        return gauss16(join4(w0, w1, w2, w3), DP4A)
     elif LAW == "rounding16":
         w0, w1, w2, w3 = _group_words(LAW, octet, stream, draw)
-        words = _join4(w0, w1, w2, w3)
-        return _join2(words & 0xFFFF, words >> 16)
+        words = join4(w0, w1, w2, w3)
+        return join2(words & 0xFFFF, words >> 16)
     elif LAW == "rademacher":
         return rademacher(_group_words(LAW, octet >> 4, stream, draw), octet)
     else:
         a0, a1, a2, a3 = _group_words(LAW, octet * 2, stream, draw)
         b0, b1, b2, b3 = _group_words(LAW, octet * 2 + 1, stream, draw)
         if LAW == "normal":
-            return normal(_join4(a0, a2, b0, b2), _join4(a1, a3, b1, b3))
+            return normal(join4(a0, a2, b0, b2), join4(a1, a3, b1, b3))
         else:
             words = _join8(a0, a1, a2, a3, b0, b1, b2, b3)
             if LAW == "gauss32":

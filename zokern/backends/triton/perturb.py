@@ -174,10 +174,7 @@ def perturb_kernel(
 
     # Octets are numbered through all rows; a block is placed by its first one.
     start = (tl.program_id(0) - tl.load(table + i)) * tiles * OCTETS
-    if ROWS:
-        block = (start // octets_per_row, start % octets_per_row)
-    else:
-        block = (0, start)
+    block = (start // octets_per_row, start % octets_per_row) if ROWS else (0, start)
     all_tiles = tl.minimum(tl.cdiv(rows * octets_per_row - start, OCTETS), tiles).to(tl.int32)
     unmasked_tiles = tl.minimum(tl.maximum(unmasked - start, 0) // OCTETS, tiles).to(tl.int32)
     for tile in range(unmasked_tiles):

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from zokern.backends.triton.launch import INTERPRETED
+from zokern.backends.triton.noise import join2, join4
 
 # (parameter, residual) → name.
 STORAGES = {
@@ -38,31 +39,37 @@ def _types(storage):
     return _TYPES[param], _TYPES[residual]
 
 
+@triton.constexpr_function
+def _sign_bit(storage):
+    """Of an integer residual."""
+    return {"bf16_int16": 0x8000, "bf16_int8": 0x80}.get(storage, 0)
+
+
 @triton.jit
-def _read(address, TYPE: tl.constexpr, at, mask):
-    """The numbers at these places; integers without a sign, in 32 bits."""
+def _read(address, TYPE: tl.constexpr, at, mask, FLIP: tl.constexpr):
+    """The numbers at these places; integers in 32 bits, with the bits of FLIP flipped."""
     x = tl.load(address.to(tl.pointer_type(TYPE)) + at, mask)
-    if tl.float32 == TYPE or tl.float16 == TYPE:
+    if TYPE == tl.float32 or TYPE == tl.float16:
         return x
     else:
-        return x.to(tl.uint32)
+        return x.to(tl.uint32) ^ FLIP
 
 
 @triton.jit
-def _read_aligned(address, TYPE: tl.constexpr, first, COUNT: tl.constexpr):
-    """COUNT numbers from ``first`` on, in vectors of 16 bytes."""
-    if tl.uint16 == TYPE:
-        # A load of halves would be taken apart in more instructions.
-        words = tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), 16)
-        words = tl.load(words + first // 2 + tl.arange(0, COUNT // 2))
-        return tl.interleave(words & 0xFFFF, words >> 16)
+def _read_aligned(address, TYPE: tl.constexpr, first, COUNT: tl.constexpr, FLIP: tl.constexpr):
+    """COUNT numbers from ``first`` on, in vectors of up to 16 bytes."""
+    # Integers that came as they are would be taken apart in more instructions than words.
+    WORDS: tl.constexpr = TYPE == tl.uint16 or TYPE == tl.uint8
+    start = address.to(tl.pointer_type(tl.uint32 if WORDS else TYPE))
+    start = tl.multiple_of(start, 16)
+    if TYPE == tl.uint16:
+        words = tl.load(start + first // 2 + tl.arange(0, COUNT // 2)) ^ FLIP * 0x10001
+        return join2(words & 0xFFFF, words >> 16)
+    elif TYPE == tl.uint8:
+        words = tl.load(start + first // 4 + tl.arange(0, COUNT // 4)) ^ FLIP * 0x1010101
+        return join4(words & 0xFF, words >> 8 & 0xFF, words >> 16 & 0xFF, words >> 24)
     else:
-        x = tl.multiple_of(address.to(tl.pointer_type(TYPE)), 16)
-        x = tl.load(x + first + tl.arange(0, COUNT))
-        if tl.uint8 == TYPE:
-            return x.to(tl.uint32)
-        else:
-            return x
+        return tl.load(start + first + tl.arange(0, COUNT))
 
 
 @triton.jit
@@ -70,10 +77,10 @@ def load(STORAGE: tl.constexpr, param, residual, at, mask):
     """The float32 values at these places; parameter and residual are given by address."""
     TYPES: tl.constexpr = _types(STORAGE)
     if TYPES[1] is None:
-        return _decode(STORAGE, _read(param, TYPES[0], at, mask), None)
+        return _decode(STORAGE, _read(param, TYPES[0], at, mask, 0), None)
     else:
-        low = _read(residual, TYPES[1], at, mask)
-        return _decode(STORAGE, _read(param, TYPES[0], at, mask), low)
+        low = _read(residual, TYPES[1], at, mask, _sign_bit(STORAGE))
+        return _decode(STORAGE, _read(param, TYPES[0], at, mask, 0), low)
 
 
 @triton.jit
@@ -81,10 +88,10 @@ def load_aligned(STORAGE: tl.constexpr, param, residual, first, COUNT: tl.conste
     """COUNT values from ``first`` on; both addresses and all of ``first`` are aligned."""
     TYPES: tl.constexpr = _types(STORAGE)
     if TYPES[1] is None:
-        return _decode(STORAGE, _read_aligned(param, TYPES[0], first, COUNT), None)
+        return _decode(STORAGE, _read_aligned(param, TYPES[0], first, COUNT, 0), None)
     else:
-        low = _read_aligned(residual, TYPES[1], first, COUNT)
-        return _decode(STORAGE, _read_aligned(param, TYPES[0], first, COUNT), low)
+        low = _read_aligned(residual, TYPES[1], first, COUNT, _sign_bit(STORAGE))
+        return _decode(STORAGE, _read_aligned(param, TYPES[0], first, COUNT, 0), low)
 
 
 @triton.jit
@@ -111,11 +118,11 @@ def _decode(STORAGE: tl.constexpr, param, residual):
         return param.to(tl.float32) + residual.to(tl.float32) * 2.0**-11
     else:
         bits = param << 16
-        # A residual's sign bit counts -2^15: flipped it counts +2^15, too much by 2^16 or 2^15.
+        # With its sign bit flipped a residual is 2^15 (in its units) too large, but not negative.
         if STORAGE == "bf16_int16":
-            bits = (bits | residual ^ 0x8000) - 0x8000
+            bits = (bits | residual) - 0x8000
         elif STORAGE == "bf16_int8":
-            bits = (bits | (residual ^ 0x80) << 8) - 0x8000
+            bits = (bits | residual << 8) - 0x8000
         return bits.to(tl.float32, bitcast=True)
 
 
