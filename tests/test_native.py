@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -124,3 +125,14 @@ def test_the_sources_include_no_torch_header():
         pytest.skip("installed without the sources")
     for source in sources.rglob("*.*"):
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)", source.read_text()), source
+
+
+def test_more_than_two_to_the_31_elements():
+    numel = (1 << 31) + 100
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if available < 3 * 2 * numel:
+        pytest.skip(f"needs {6 * numel >> 30} GiB of free memory")
+    tensor = torch.zeros(numel, dtype=torch.bfloat16)
+    ops.perturb_([tensor], [0], [1.0], seed=1)
+    tail = noise.sample("gauss16", 200, seed=1, draw=0, offset=numel - 200)
+    assert torch.equal(tensor[-200:], tail.bfloat16())
