@@ -24,7 +24,7 @@ from torch import Tensor
 
 from zokern.backends.triton.launch import INTERPRETED, OPTIONS, on, target
 from zokern.backends.triton.noise import fma, octet_values
-from zokern.backends.triton.storage import STORAGES, load, load_aligned, store
+from zokern.backends.triton.storage import STORAGES, load, load_aligned, sizes, store
 from zokern.sweep import Sweep, row_major
 
 # A block sweeps up to MAX_TILES tiles, fewer where there would not be BLOCKS blocks.
@@ -86,12 +86,12 @@ def _moved(value, octet, stream, direction,
 
 
 @triton.jit
-def _locate(block, tile, shard, OCTETS: tl.constexpr, ROWS: tl.constexpr):
+def _locate(origin, tile, shard, OCTETS: tl.constexpr, ROWS: tl.constexpr):
     """For each octet of a tile: its index, its row, and the column of its first element."""
-    block_row, place = block
+    row_of_origin, place = origin
     _, octets_per_row, offset, _, row_stride = shard
     place += tile * OCTETS + tl.arange(0, OCTETS)
-    row = block_row + tl.zeros([OCTETS], tl.int64)
+    row = row_of_origin + tl.zeros([OCTETS], tl.int64)
     if ROWS:
         # A division of 32 bits is several times faster than one of 64.
         ahead = (place.to(tl.uint32) // octets_per_row.to(tl.uint32)).to(tl.int64)
@@ -112,20 +112,26 @@ def _owned(row, column, shard, OCTETS: tl.constexpr):
 
 
 @triton.jit
-def _sweep_tile(tensor, shard, block, start, tile, moves,
+def _sweep_tile(tensor, shard, start, origin, tile, moves,
                 LAW: tl.constexpr, STORAGE: tl.constexpr, DIRECTIONS: tl.constexpr,
                 SCALED: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
                 OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
+    """Sweep a tile of the block whose first octet is ``start``, and ``origin`` as (row, place)."""
     param, residual, stream = tensor
     draws, pairs, directions, first, last = moves
-    octet, row, column = _locate(block, tile, shard, OCTETS, ROWS)
+    octet, row, column = _locate(origin, tile, shard, OCTETS, ROWS)
     if MASKED:
         at, mask = _owned(row, column, shard, OCTETS)
         value = load(STORAGE, param, residual, at, mask)
     else:
-        element = (start + tile * OCTETS) * 8
-        at, mask = element + tl.arange(0, OCTETS * 8), None
-        value = load_aligned(STORAGE, param, residual, element, OCTETS * 8)
+        SIZES: tl.constexpr = sizes(STORAGE)
+        param += start * (8 * SIZES[0])
+        residual += start * (8 * SIZES[1])
+        # In 32 bits, Triton would take AMD's buffer instructions, and each of them would loop over
+        # the lanes to see that all have the same address, since that was read from memory.
+        tile_start = tl.full([], tile, tl.int64) * OCTETS
+        at, mask = tile_start * 8 + tl.arange(0, OCTETS * 8), None
+        value = load_aligned(STORAGE, param, residual, tile_start, OCTETS)
     if DIRECTIONS == 0:
         for k in range(directions):
             direction = _direction(draws, pairs, k)
@@ -172,17 +178,17 @@ def perturb_kernel(
     first, last = _direction(draws, pairs, 0), _direction(draws, pairs, directions - 1)
     moves = (draws, pairs, directions, first, last)
 
-    # Octets are numbered through all rows; a block is placed by its first one.
+    # Octets are numbered through all rows.
     start = (tl.program_id(0) - tl.load(table + i)) * tiles * OCTETS
-    block = (start // octets_per_row, start % octets_per_row) if ROWS else (0, start)
+    origin = (start // octets_per_row, start % octets_per_row) if ROWS else (0, start)
     all_tiles = tl.minimum(tl.cdiv(rows * octets_per_row - start, OCTETS), tiles).to(tl.int32)
     unmasked_tiles = tl.minimum(tl.maximum(unmasked - start, 0) // OCTETS, tiles).to(tl.int32)
     for tile in range(unmasked_tiles):
-        _sweep_tile(tensor, shard, block, start, tile, moves, LAW, STORAGE, DIRECTIONS,
-                    SCALED, ROWS, False, OCTETS, DP4A)  # fmt: skip
+        _sweep_tile(tensor, shard, start, origin, tile, moves, LAW, STORAGE,
+                    DIRECTIONS, SCALED, ROWS, False, OCTETS, DP4A)  # fmt: skip
     for tile in range(unmasked_tiles, all_tiles):
-        _sweep_tile(tensor, shard, block, start, tile, moves, LAW, STORAGE, DIRECTIONS,
-                    SCALED, ROWS, True, OCTETS, DP4A)  # fmt: skip
+        _sweep_tile(tensor, shard, start, origin, tile, moves, LAW, STORAGE,
+                    DIRECTIONS, SCALED, ROWS, True, OCTETS, DP4A)  # fmt: skip
 
 
 def perturb_(sweep: Sweep) -> None:

@@ -40,72 +40,78 @@ def _types(storage):
 
 
 @triton.constexpr_function
+def sizes(storage):
+    """The bytes of a parameter and of a residual."""
+    return tuple(0 if t is None else t.primitive_bitwidth // 8 for t in _types(storage))
+
+
+@triton.constexpr_function
 def _sign_bit(storage):
     """Of an integer residual."""
     return {"bf16_int16": 0x8000, "bf16_int8": 0x80}.get(storage, 0)
 
 
 @triton.jit
-def _read(address, TYPE: tl.constexpr, at, mask, FLIP: tl.constexpr):
+def _read(address, dtype: tl.constexpr, at, mask, FLIP: tl.constexpr):
     """The numbers at these places; integers in 32 bits, with the bits of FLIP flipped."""
-    x = tl.load(address.to(tl.pointer_type(TYPE)) + at, mask)
-    if TYPE == tl.float32 or TYPE == tl.float16:
+    x = tl.load(address.to(tl.pointer_type(dtype)) + at, mask)
+    if dtype == tl.float32 or dtype == tl.float16:
         return x
     else:
         return x.to(tl.uint32) ^ FLIP
 
 
 @triton.jit
-def _read_aligned(address, TYPE: tl.constexpr, first, COUNT: tl.constexpr, FLIP: tl.constexpr):
-    """COUNT numbers from ``first`` on, in vectors of up to 16 bytes."""
-    # Integers that came as they are would be taken apart in more instructions than words.
-    WORDS: tl.constexpr = TYPE == tl.uint16 or TYPE == tl.uint8
-    start = address.to(tl.pointer_type(tl.uint32 if WORDS else TYPE))
-    start = tl.multiple_of(start, 16)
-    if TYPE == tl.uint16:
-        words = tl.load(start + first // 2 + tl.arange(0, COUNT // 2)) ^ FLIP * 0x10001
+def _read_aligned(address, dtype: tl.constexpr, octet, OCTETS: tl.constexpr, FLIP: tl.constexpr):
+    """The numbers of OCTETS octets from ``octet`` on, in vectors of up to 16 bytes."""
+    # Words are taken apart in fewer instructions than vectors of short integers.
+    WORDS: tl.constexpr = dtype == tl.uint16 or dtype == tl.uint8
+    start = tl.multiple_of(address.to(tl.pointer_type(tl.uint32 if WORDS else dtype)), 16)
+    if dtype == tl.uint16:
+        words = tl.load(start + (octet * 4 + tl.arange(0, OCTETS * 4))) ^ FLIP * 0x10001
         return join2(words & 0xFFFF, words >> 16)
-    elif TYPE == tl.uint8:
-        words = tl.load(start + first // 4 + tl.arange(0, COUNT // 4)) ^ FLIP * 0x1010101
+    elif dtype == tl.uint8:
+        words = tl.load(start + (octet * 2 + tl.arange(0, OCTETS * 2))) ^ FLIP * 0x1010101
         return join4(words & 0xFF, words >> 8 & 0xFF, words >> 16 & 0xFF, words >> 24)
     else:
-        return tl.load(start + first + tl.arange(0, COUNT))
+        return tl.load(start + (octet * 8 + tl.arange(0, OCTETS * 8)))
 
 
 @triton.jit
 def load(STORAGE: tl.constexpr, param, residual, at, mask):
-    """The float32 values at these places; parameter and residual are given by address."""
+    """The float32 values at these places behind the addresses."""
     TYPES: tl.constexpr = _types(STORAGE)
+    high = _read(param, TYPES[0], at, mask, 0)
     if TYPES[1] is None:
-        return _decode(STORAGE, _read(param, TYPES[0], at, mask, 0), None)
+        return _decode(STORAGE, high, None)
     else:
-        low = _read(residual, TYPES[1], at, mask, _sign_bit(STORAGE))
-        return _decode(STORAGE, _read(param, TYPES[0], at, mask, 0), low)
+        return _decode(STORAGE, high, _read(residual, TYPES[1], at, mask, _sign_bit(STORAGE)))
 
 
 @triton.jit
-def load_aligned(STORAGE: tl.constexpr, param, residual, first, COUNT: tl.constexpr):
-    """COUNT values from ``first`` on; both addresses and all of ``first`` are aligned."""
+def load_aligned(STORAGE: tl.constexpr, param, residual, octet, OCTETS: tl.constexpr):
+    """The values of OCTETS octets from ``octet`` on; the addresses are multiples of 16."""
     TYPES: tl.constexpr = _types(STORAGE)
+    high = _read_aligned(param, TYPES[0], octet, OCTETS, 0)
     if TYPES[1] is None:
-        return _decode(STORAGE, _read_aligned(param, TYPES[0], first, COUNT, 0), None)
+        return _decode(STORAGE, high, None)
     else:
-        low = _read_aligned(residual, TYPES[1], first, COUNT, _sign_bit(STORAGE))
-        return _decode(STORAGE, _read_aligned(param, TYPES[0], first, COUNT, 0), low)
+        low = _read_aligned(residual, TYPES[1], octet, OCTETS, _sign_bit(STORAGE))
+        return _decode(STORAGE, high, low)
 
 
 @triton.jit
 def store(STORAGE: tl.constexpr, param, residual, at, mask, value, ALIGNMENT: tl.constexpr):
-    """Keep the values at these places; the addresses are multiples of ALIGNMENT."""
+    """Keep the values at these places behind the addresses, which are multiples of ALIGNMENT."""
     TYPES: tl.constexpr = _types(STORAGE)
     param = tl.multiple_of(param.to(tl.pointer_type(TYPES[0])), ALIGNMENT)
     if TYPES[1] is None:
         tl.store(param + at, _round(STORAGE, value), mask)
     else:
         residual = tl.multiple_of(residual.to(tl.pointer_type(TYPES[1])), ALIGNMENT)
-        new_param, new_residual = _split(STORAGE, value)
-        tl.store(param + at, new_param, mask)
-        tl.store(residual + at, new_residual, mask)
+        high, low = _split(STORAGE, value)
+        tl.store(param + at, high, mask)
+        tl.store(residual + at, low, mask)
 
 
 @triton.jit
@@ -118,7 +124,7 @@ def _decode(STORAGE: tl.constexpr, param, residual):
         return param.to(tl.float32) + residual.to(tl.float32) * 2.0**-11
     else:
         bits = param << 16
-        # With its sign bit flipped a residual is 2^15 (in its units) too large, but not negative.
+        # With its sign bit flipped a residual is not negative, but adds 2^15 too much.
         if STORAGE == "bf16_int16":
             bits = (bits | residual) - 0x8000
         elif STORAGE == "bf16_int8":

@@ -1,0 +1,262 @@
+"""Triton's kernels compiled for GPUs that need not be there: what their machine code is like.
+
+Triton compiles with its interpreter off. So this file, run as a program, compiles what a sweep
+launches and prints what it finds in the code; the tests look at that.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from zokern.laws import LAWS
+from zokern.sweep import Shard, Sweep
+
+pytest.importorskip("triton")
+
+TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
+STORAGES = {
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None),
+    "fp16": (torch.float16, None),
+    "bf16_int16": (torch.bfloat16, torch.int16),
+    "bf16_int8": (torch.bfloat16, torch.int8),
+    "fp16_fp16": (torch.float16, torch.float16),
+}
+# Bytes by the ends of the instructions' names.
+NVIDIA_WIDTHS = {".E.128": 16, ".E.64": 8}
+AMD_WIDTHS = {"dwordx4": 16, "dwordx2": 8}
+SAMPLE = {"seed": 1, "draw": 2, "tensor_id": 3, "offset": 4}
+
+
+class Case(NamedTuple):
+    """A sweep; ``rows`` of 64 elements, or one."""
+
+    storage: str = "bf16"
+    law: str = "gauss16"
+    k: int = 1
+    rows: int = 1
+    scale: float = 1.0
+
+
+CASES = {name: Case(storage=name) for name in STORAGES}
+# Compiled for one GPU of each maker: the others differ in the instructions for the same things.
+MORE_CASES = {
+    "two-directions": Case(k=2),
+    "many-directions": Case(k=5),
+    "rows": Case(rows=100),
+    "scaled": Case(scale=0.5),
+    **{law: Case(law=law) for law in ("gauss32", "rademacher", "normal")},
+}
+COMPILED = [
+    f"{target}-{name}"
+    for target in TARGETS
+    for name in (CASES | MORE_CASES if target in ("sm_90", "gfx942") else CASES)
+]
+
+
+def sweep(case: Case, seed: int = 0, count: int = 1) -> Sweep:
+    dtype, residual_dtype = STORAGES[case.storage]
+    numel = 1 << 16 if case.rows == 1 else 64 * case.rows
+    params = [torch.empty(numel, dtype=dtype) for _ in range(count)]
+    row = numel // case.rows
+    return Sweep(
+        params=params,
+        residuals=[residual_dtype and torch.empty(numel, dtype=residual_dtype) for _ in params],
+        shards=[Shard(8 * seed, row, row + 8)] * count,
+        tensor_ids=[seed] * count,
+        draws=[(seed + i) % 2**32 for i in range(case.k)],
+        coeffs=[[0.1] * case.k] * count,
+        scales=[[case.scale] * case.k] * count,
+        seed=seed,
+        law=case.law,
+    )
+
+
+class Driver:
+    """A driver of a GPU that is not there."""
+
+    def __init__(self, name: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        arch = TARGETS[name]
+        backend, warp_size = ("cuda", 32) if name.startswith("sm") else ("hip", 64)
+        self.index = list(TARGETS).index(name)
+        self.target = GPUTarget(backend, arch, warp_size)
+
+    def get_current_device(self) -> int:
+        return self.index
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self):
+        return self.target
+
+
+@contextmanager
+def compiled_for(name: str) -> Iterator[list]:
+    """What would be launched on that GPU is compiled and collected instead."""
+    from triton.runtime import driver
+
+    from zokern.backends.triton import launch, noise, perturb
+
+    kernels = []
+    runs = {kernel: kernel.run for kernel in (perturb.perturb_kernel, noise.sample_kernel)}
+    for kernel, run in runs.items():
+
+        def warm_up(*args, run=run, warmup, **kwargs):
+            kernels.append(run(*args, warmup=True, **kwargs))
+
+        kernel.run = warm_up
+    driver.set_active(Driver(name))
+    launch.target.cache_clear()
+    yield kernels
+    for kernel, run in runs.items():
+        kernel.run = run
+
+
+def loops(sass: str) -> Iterator[tuple[int, list[str]]]:
+    """For each loop how many instructions come before it, and those in it."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*);", line):
+            instructions.append(instruction[1])
+            jump = re.match(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            if jump and jump[1] in labels:
+                yield labels[jump[1]], instructions[labels[jump[1]] :]
+
+
+def nvidia_report(kernel, case: Case) -> dict:
+    import triton
+
+    from zokern.backends.triton import perturb
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [tools / "nvdisasm", "-c", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # The loop over tiles without masks comes first.
+    before, body = next((b, loop) for b, loop in loops(sass) if any("STG" in i for i in loop))
+    opcodes = [instruction.split()[0] for instruction in body]
+    octets, warps = perturb._tile(case.storage, 1 << 20)
+    per_tile = octets * 8 / (32 * warps)
+    return {
+        "widths": sorted(
+            {NVIDIA_WIDTHS.get(op[3:], 0) for op in opcodes if op[:3] in ("LDG", "STG")}
+        ),
+        "exchange": sorted({op for op in opcodes if re.match("LDS|STS|BAR|SHFL", op)}),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "inexact": re.findall(r"\S*(?:\.ftz|\.approx)\S*", kernel.asm["ptx"]),
+        "contracts": kernel.metadata.enable_fp_fusion,
+        "slots": (len(body) + before / perturb.MAX_TILES) / per_tile,
+    }
+
+
+def amd_report(kernel) -> dict:
+    code = kernel.asm["amdgcn"]
+    blocks = re.split(r"\n(?=\.LBB)", code)
+    body = next(block for block in blocks if "global_store_dwordx" in block)
+    return {
+        "widths": sorted(
+            {AMD_WIDTHS.get(op, 0) for op in re.findall(r"_(?:load|store)_(\w+)", body)}
+        ),
+        "exchange": sorted(set(re.findall(r"\bds_\w+|\bs_barrier", body))),
+        "spills": len(re.findall(r"\bscratch_\w+", code)),
+        "denormals": re.findall(r"denorm_mode_\w+ (\d)", code),
+        "contracts": kernel.metadata.enable_fp_fusion,
+    }
+
+
+def main() -> None:
+    from zokern.backends.triton import noise, perturb
+
+    reports: dict[str, object] = {}
+    for target in TARGETS:
+        with compiled_for(target) as kernels:
+            for name, case in (CASES | MORE_CASES).items():
+                if f"{target}-{name}" in COMPILED:
+                    perturb.perturb_(sweep(case))
+                    amd = target.startswith("gfx")
+                    report = amd_report(kernels[-1]) if amd else nvidia_report(kernels[-1], case)
+                    reports[f"{target}-{name}"] = report
+            for law in LAWS:
+                noise.sample(law, 100, **SAMPLE, device=torch.device("cpu"))
+    with compiled_for("sm_90") as kernels:
+        for seed in (0, 1, 16, (1 << 31) + 5, 1 << 32, (1 << 64) - 1):
+            small = seed % (1 << 31)
+            perturb.perturb_(replace(sweep(Case(), small, count=1 + seed % 40), seed=seed))
+            sample = {"seed": seed, "draw": seed % (1 << 32), "tensor_id": small, "offset": small}
+            noise.sample("gauss16", 1 + seed % 40, **sample, device=torch.device("cpu"))
+        reports["distinct"] = len({kernel.hash for kernel in kernels})
+    print(json.dumps(reports))
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict:
+    """What main() prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_triton_compile"],
+        env=environment,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_full_tiles_go_in_vectors_and_stay_in_their_thread(reports, name):
+    report = reports[name]
+    storage = name.split("-", 1)[1]
+    if storage != "many-directions":
+        assert report["widths"] == ([8, 16] if storage == "bf16_int8" else [16])
+    # In float32 the halves of octets change places within a warp.
+    shuffles = {"SHFL.IDX", "SHFL.BFLY", "ds_bpermute_b32"} if storage == "fp32" else set()
+    assert set(report["exchange"]) <= shuffles
+    assert report["spills"] == 0
+
+
+@pytest.mark.parametrize("name", [name for name in COMPILED if name.startswith("sm")])
+def test_no_operation_is_approximate(reports, name):
+    assert reports[name]["inexact"] == []
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_nothing_is_fused_by_the_compiler(reports, name):
+    assert reports[name]["contracts"] is False
+
+
+@pytest.mark.parametrize("name", [name for name in COMPILED if name.startswith("gfx")])
+def test_denormals_are_kept(reports, name):
+    assert reports[name]["denormals"] == ["3", "3"]
+
+
+@pytest.mark.parametrize(("name", "budget"), [("bf16", 19), ("fp16", 19), ("two-directions", 34)])
+def test_instructions_for_a_parameter(reports, name, budget):
+    assert reports[f"sm_90-{name}"]["slots"] <= budget
+
+
+def test_other_numbers_do_not_compile_again(reports):
+    assert reports["distinct"] == 2
+
+
+if __name__ == "__main__":
+    main()
