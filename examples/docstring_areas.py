@@ -218,12 +218,16 @@ class Task:
         return correct / len(self.held_out)
 
 
-def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Shuffled indices, epoch after epoch."""
+def batches(ids: list[list[int]], size: int, seed: int) -> Iterator[list[int]]:
+    """Shuffled indices, epoch after epoch; docstrings of like length share a batch."""
     shuffle = random.Random(seed)
     while True:
-        order = shuffle.sample(range(count), count)
-        yield from (order[i : i + size] for i in range(0, count - size + 1, size))
+        order = shuffle.sample(range(len(ids)), len(ids))
+        for start in range(0, len(order), 4 * size):
+            # Four batches are filled together, which spares padding.
+            four = sorted(order[start : start + 4 * size], key=lambda i: len(ids[i]))
+            parts = [four[i : i + size] for i in range(0, len(four), size)]
+            yield from shuffle.sample(parts, len(parts))
 
 
 def eager_step_seconds(params: list[torch.Tensor], eps: float, lr: float) -> float:
@@ -252,7 +256,7 @@ def train(task: Task, args: argparse.Namespace, run: Run) -> None:
         fuse_next=args.fuse_next,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
-    batch_of_step = batches(len(task.train), args.batch_size, run.seed)
+    batch_of_step = batches(task.train.ids, args.batch_size, run.seed)
     began = time.perf_counter()
     run.evaluate(0, task.accuracy(model))
     with tqdm(range(1, args.steps + 1), desc=f"seed {run.seed}", unit="step") as progress:
@@ -265,7 +269,7 @@ def train(task: Task, args: argparse.Namespace, run: Run) -> None:
             run.forward_s.append(forward.seconds)
             run.optimizer_s.append(time.perf_counter() - start - forward.seconds)
             schedule.step()
-            if step % EAGER_EVERY == 0:
+            if step % EAGER_EVERY == 1:
                 run.eager_s.append(eager_step_seconds(copies, args.eps, args.lr))
             if step % EVAL_EVERY == 0 or step == args.steps:
                 optimizer.flush()
