@@ -8,6 +8,7 @@ import pickle
 import signal
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -379,6 +380,8 @@ def test_state_of_another_optimizer_is_refused():
     optimizer = train(model, 1)
     with pytest.raises(ValueError, match="not a state of MeZO: it has no eps"):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=1.0).state_dict())
+    with pytest.raises(ValueError, match="not a state of MeZO"):
+        optimizer.load_state_dict({})
     renamed = zokern.MeZO([(f"x.{n}", p) for n, p in make_model().named_parameters()], lr=1.0)
     with pytest.raises(ValueError, match="other names"):
         optimizer.load_state_dict(renamed.state_dict())
@@ -548,6 +551,7 @@ def test_ctrl_c_during_a_sweep_waits_for_its_end(monkeypatch):
         (torch.tensor(1.0, dtype=torch.float16), "the loss is torch.float16.*float32"),
         (torch.ones(3), r"scalar loss, not a tensor of shape \(3,\)"),
         (None, "scalar loss, not NoneType"),
+        (np.float16(1.0), "float32 scalar loss, not float16"),
         ("1.0", "scalar loss, not str"),
     ],
 )
@@ -600,6 +604,14 @@ def test_a_grad_scaler_is_refused():
         scaler.step(optimizer, lambda: 1.0)
 
 
+def test_integers_of_numpy_are_integers():
+    optimizer = zokern.MeZO(
+        make_model().parameters(), lr=0.1, seed=np.int64(3), samples=np.int32(2)
+    )
+    assert (optimizer.run["seed"], optimizer.run["samples"]) == (3, 2)
+    assert type(optimizer.run["seed"]) is int
+
+
 def test_a_seed_comes_from_torchs_generator():
     seeds = []
     for _ in range(2):
@@ -626,6 +638,10 @@ def test_the_module_given_is_saved_at_rest():
         ({"lr": math.nan}, ValueError, "lr must be at least 0"),
         ({"eps": 0.0}, ValueError, "eps must be positive"),
         ({"eps": math.inf}, ValueError, "eps must be positive and finite"),
+        ({"eps": 1e-60}, ValueError, "eps must be positive and finite in float32"),
+        ({"eps": "1e-3"}, ValueError, "eps must be positive"),
+        ({"lr": "1e-3"}, ValueError, "lr must be at least 0, not '1e-3'"),
+        ({"weight_decay": "0.1"}, ValueError, "weight_decay must be at least 0"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay must be at least 0"),
         ({"samples": 0}, ValueError, "samples must be an integer of at least 1"),
         ({"samples": 1.5}, ValueError, "samples must be an integer"),

@@ -4,7 +4,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
@@ -23,6 +23,9 @@ Loss = float | Tensor
 # Kept in every param group, where state_dict and pickling find them, but one for the whole run.
 SETTINGS = ("eps", "samples", "seed", "law", "precision", "fuse_next")
 COUNTERS = ("step", "draws", "skipped")
+
+# eps is used in float32, where smaller and larger ones become 0 and infinity.
+MIN_EPS, MAX_EPS = 2.0**-126, 2.0**126
 
 # After so many steps whose losses are equal bit for bit, something must be wrong.
 EQUAL_STEPS = 3
@@ -46,10 +49,9 @@ class ZOOptimizer(Optimizer):
         maximize: bool,
         module: nn.Module | None,
     ) -> None:
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples must be an integer of at least 1, not {samples!r}")
-        if not (eps > 0 and math.isfinite(eps)):
-            raise ValueError(f"eps must be positive and finite, not {eps!r}")
+        samples = _integer("samples", samples, at_least=1, below=1 << 32)
+        if not (_is_number(eps) and MIN_EPS <= eps <= MAX_EPS):
+            raise ValueError(f"eps must be positive and finite in float32, not {eps!r}")
         directions = [name for name, entry in LAWS.items() if entry.is_direction]
         if law not in directions:
             raise ValueError(f"law must be one of {', '.join(directions)}, not {law!r}")
@@ -58,8 +60,7 @@ class ZOOptimizer(Optimizer):
         if seed is None:
             # From torch's generator, so that torch.manual_seed governs runs.
             seed = int(torch.randint(-(1 << 63), (1 << 63) - 1, ())) % (1 << 64)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
-            raise ValueError(f"seed must be an integer, at least 0 and below 2^64, not {seed!r}")
+        seed = _integer("seed", seed, at_least=0, below=1 << 64)
         if module is not None and not isinstance(module, nn.Module):
             raise TypeError(f"module must be an nn.Module, not {type(module).__name__}")
 
@@ -124,9 +125,9 @@ class ZOOptimizer(Optimizer):
             self._residual(param)
 
     def _check_group(self, group: dict, precision: str) -> None:
-        if not float(group["lr"]) >= 0:
+        if not (_is_number(group["lr"]) and group["lr"] >= 0):
             raise ValueError(f"lr must be at least 0, not {group['lr']!r}")
-        if not group["weight_decay"] >= 0:
+        if not (_is_number(group["weight_decay"]) and group["weight_decay"] >= 0):
             raise ValueError(f"weight_decay must be at least 0, not {group['weight_decay']!r}")
         owner = type(self).__name__
         names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
@@ -346,8 +347,10 @@ class ZOOptimizer(Optimizer):
                     "compute it in float32, for example cross_entropy(logits.float(), labels)"
                 )
             return float(loss)
-        if not isinstance(loss, Real):
-            raise TypeError(f"the closure must return a scalar loss, not {type(loss).__name__}")
+        if not isinstance(loss, Real) or type(loss).__name__ == "float16":
+            raise TypeError(
+                f"the closure must return a float32 scalar loss, not {type(loss).__name__}"
+            )
         return float(loss)
 
     def _warn_if_equal(self, values: list[float]) -> None:
@@ -380,7 +383,8 @@ class ZOOptimizer(Optimizer):
         Raises:
             ValueError: for a state of another kind of optimizer or of parameters with other names.
         """
-        missing = [k for k in (*SETTINGS, *COUNTERS) if k not in state_dict["param_groups"][0]]
+        saved_run: dict[str, Any] = next(iter(state_dict.get("param_groups", [])), {})
+        missing = [key for key in (*SETTINGS, *COUNTERS) if key not in saved_run]
         if missing:
             raise ValueError(
                 f"not a state of {type(self).__name__}: it has no {', '.join(missing)}"
@@ -423,6 +427,21 @@ class ZOOptimizer(Optimizer):
             f"{type(self).__name__} uses no gradients, so there is nothing to scale: call "
             "optimizer.step(closure) without a GradScaler"
         )
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, Real)
+
+
+def _integer(name: str, value: int, *, at_least: int, below: int) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not at_least <= value < below:
+        raise ValueError(
+            f"{name} must be an integer of at least {at_least} and below 2^{below.bit_length() - 1}"
+            f", not {value!r}"
+        )
+    return int(value)
 
 
 class _FlushBefore:
