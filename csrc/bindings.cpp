@@ -15,24 +15,65 @@ using Ints = std::vector<int64_t>;
 using Pointers = std::vector<uintptr_t>;
 using Floats = std::vector<float>;
 
-Sweep make_sweep(const Pointers& params, const Pointers& residuals, const Ints& numels,
-                 const Ints& offsets, const Ints& row_lengths, const Ints& row_strides,
-                 const std::vector<uint64_t>& tensor_ids, const std::vector<int>& storages,
-                 const std::vector<int>& rows, int law, uint64_t seed, std::vector<uint32_t> draws,
-                 Floats coeffs, Floats scales) {
+// (data, Storage) of an element of a dense direction.
+using Dense = std::pair<uintptr_t, int>;
+
+DenseTensor dense_tensor(const Dense& dense) {
+    return {reinterpret_cast<const void*>(dense.first), Storage(dense.second)};
+}
+
+Sweep make_sweep(const Pointers& params, const Pointers& residuals, const Pointers& masters,
+                 const Pointers& momenta, const std::vector<std::vector<Dense>>& dense,
+                 const Ints& numels, const Ints& offsets, const Ints& row_lengths,
+                 const Ints& row_strides, const std::vector<uint64_t>& tensor_ids,
+                 const std::vector<int>& storages, const std::vector<int>& rows,
+                 const Floats& decays, const Floats& steps, int law, uint64_t seed, Ints draws,
+                 Floats coeffs, Floats scales, int64_t rest, bool sign, Floats gradient,
+                 bool plain) {
     Sweep sweep;
     sweep.law = Law(law);
     sweep.seed = seed;
     for (size_t i = 0; i < params.size(); ++i) {
-        sweep.tensors.push_back({reinterpret_cast<void*>(params[i]),
-                                 reinterpret_cast<void*>(residuals.at(i)), numels.at(i),
-                                 offsets.at(i), row_lengths.at(i), row_strides.at(i),
-                                 tensor_ids.at(i), Storage(storages.at(i)), rows.at(i)});
+        SweepTensor tensor{};
+        tensor.param = reinterpret_cast<void*>(params[i]);
+        tensor.residual = reinterpret_cast<void*>(residuals.at(i));
+        if (!masters.empty()) tensor.master = reinterpret_cast<float*>(masters.at(i));
+        if (!momenta.empty()) tensor.momentum = reinterpret_cast<float*>(momenta.at(i));
+        for (size_t j = 0; j < dense.size(); ++j) tensor.dense[j] = dense_tensor(dense[j].at(i));
+        tensor.numel = numels.at(i);
+        tensor.offset = offsets.at(i);
+        tensor.row_length = row_lengths.at(i);
+        tensor.row_stride = row_strides.at(i);
+        tensor.tensor_id = tensor_ids.at(i);
+        tensor.storage = Storage(storages.at(i));
+        tensor.row = rows.at(i);
+        if (!gradient.empty()) {
+            tensor.decay = decays.at(i);
+            tensor.step = steps.at(i);
+        }
+        sweep.tensors.push_back(tensor);
     }
     sweep.draws = std::move(draws);
     sweep.coeffs = std::move(coeffs);
     sweep.scales = std::move(scales);
+    sweep.rest = rest;
+    sweep.updates = !gradient.empty();
+    sweep.sign = sign;
+    sweep.gradient = std::move(gradient);
+    sweep.plain = plain;
     return sweep;
+}
+
+Products make_products(const std::vector<Dense>& vectors, const Ints& numels, const Ints& offsets,
+                       const Ints& row_lengths, const Ints& row_strides,
+                       const std::vector<uint64_t>& tensor_ids, int law, uint64_t seed,
+                       uint32_t draw) {
+    Products products{{}, Law(law), seed, draw};
+    for (size_t i = 0; i < vectors.size(); ++i) {
+        products.tensors.push_back({dense_tensor(vectors[i]), numels.at(i), offsets.at(i),
+                                    row_lengths.at(i), row_strides.at(i), tensor_ids.at(i)});
+    }
+    return products;
 }
 
 }  // namespace
@@ -42,14 +83,27 @@ PYBIND11_MODULE(_C, m) {
     using namespace zokern;
 
     py::class_<Sweep>(m, "Sweep")
-        .def(py::init(&make_sweep), py::arg("params"), py::arg("residuals"), py::arg("numels"),
+        .def(py::init(&make_sweep), py::kw_only(), py::arg("params"), py::arg("residuals"),
+             py::arg("masters"), py::arg("momenta"), py::arg("dense"), py::arg("numels"),
              py::arg("offsets"), py::arg("row_lengths"), py::arg("row_strides"),
-             py::arg("tensor_ids"), py::arg("storages"), py::arg("rows"), py::arg("law"),
-             py::arg("seed"), py::arg("draws"), py::arg("coeffs"), py::arg("scales"));
+             py::arg("tensor_ids"), py::arg("storages"), py::arg("rows"), py::arg("decays"),
+             py::arg("steps"), py::arg("law"), py::arg("seed"), py::arg("draws"), py::arg("coeffs"),
+             py::arg("scales"), py::arg("rest"), py::arg("sign"), py::arg("gradient"),
+             py::arg("plain"));
+    py::class_<Products>(m, "Products")
+        .def(py::init(&make_products), py::kw_only(), py::arg("vectors"), py::arg("numels"),
+             py::arg("offsets"), py::arg("row_lengths"), py::arg("row_strides"),
+             py::arg("tensor_ids"), py::arg("law"), py::arg("seed"), py::arg("draw"));
 
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
     m.def("cpu_capabilities", &cpu_capabilities);
     m.def("cpu_sweep", &cpu_sweep, no_gil);
+    m.def(
+        "cpu_inner_products",
+        [](const Products& products, uintptr_t out, const std::string& capability, int threads) {
+            cpu_inner_products(products, reinterpret_cast<double*>(out), capability, threads);
+        },
+        no_gil);
     m.def(
         "cpu_sample",
         [](int law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id, int64_t offset,

@@ -14,7 +14,20 @@ def flat_arguments(dtype, residual_dtype=None, law="gauss16"):
     residuals = [] if residual_dtype is None else [torch.zeros(2, 9, dtype=residual_dtype)]
     slots = [-1, 0 if residuals else -1]
     shards = [0, 15, 15, 3, 9, 20]
-    return (params, residuals, slots, [0, 1], [0.1, 0.2], [0.5, 1.0], -7, law, [3, 4], shards)
+    numbers = ([0, 1], [0.1, 0.2], [0.5, 1.0], 2)
+    return (
+        *(params, residuals, slots, [], [], [], *numbers),
+        *([], [], [], False, -7, law, [3, 4], shards),
+    )
+
+
+def flat_arguments_of_an_update(dtype):
+    params = [torch.randn(5, 3).to(dtype), torch.randn(2, 9).to(dtype)]
+    masters, momenta = ([param.float() for param in params] for _ in range(2))
+    dense = [torch.randn_like(param) for param in params]
+    numbers = ([0, ~0, 1], [0.1, 0.2, 0.3], [], 2, [0.3, 0.1, 0.0], [0.9, 0.9], [-0.1, -0.2], True)
+    shards = [0, 15, 15, 3, 9, 20]
+    return (params, [], [-1, -1], masters, momenta, dense, *numbers, 7, "gauss16", [3, 4], shards)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +38,11 @@ def test_perturb_passes_opcheck(dtype, residual):
     if residual is not None and dtype != torch.bfloat16:
         residual = torch.float16 if dtype == torch.float16 else None
     torch.library.opcheck(torch.ops.zokern.perturb_, flat_arguments(dtype, residual))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_update_passes_opcheck(dtype):
+    torch.library.opcheck(torch.ops.zokern.perturb_, flat_arguments_of_an_update(dtype))
 
 
 @pytest.mark.parametrize("law", zokern.noise.LAWS)
@@ -51,7 +69,11 @@ def test_autograd_notices_the_change():
 
 def test_it_compiles():
     def move(x):
-        torch.ops.zokern.perturb_([x], [], [-1], [0], [1.0], [], 3, "gauss16", [0], [0, 6, 6])
+        operands = ([x], [], [-1], [], [], [])
+        update = ([], [], [], False)
+        torch.ops.zokern.perturb_(
+            *operands, [0], [1.0], [], 1, *update, 3, "gauss16", [0], [0, 6, 6]
+        )
         return x + 1
 
     moved = torch.compile(move, backend="aot_eager")(torch.zeros(6))
@@ -123,7 +145,7 @@ def test_float32_takes_no_residual():
     ("arguments", "error", "message"),
     [
         ({"draws": []}, ValueError, "draws is empty"),
-        ({"draws": [-1]}, ValueError, r"draws\[0\] must be at least 0"),
+        ({"draws": [-1]}, ValueError, r"draws\[0\] is -1, but there are 0 dense directions"),
         ({"draws": [1 << 32]}, ValueError, r"below 2\^32"),
         ({"draws": [0.5]}, TypeError, r"draws\[0\] must be an integer"),
         ({"coeffs": [1.0, 2.0]}, ValueError, "coeffs must be 1 numbers"),
@@ -157,14 +179,11 @@ def test_wrong_arguments_are_refused_before_anything_is_written(arguments, error
 
 
 def test_the_operator_is_as_safe_as_its_door():
+    plain = ([], [-1], [], [], [], [0], [1.0], [], 1, [], [], [], False)
     with pytest.raises(ValueError, match="shards"):
-        torch.ops.zokern.perturb_(
-            [torch.zeros(3)], [], [-1], [0], [1.0], [], 3, "gauss16", [0], [0, 6]
-        )
+        torch.ops.zokern.perturb_([torch.zeros(3)], *plain, 3, "gauss16", [0], [0, 6])
     with pytest.raises(TypeError, match="dtype"):
-        torch.ops.zokern.perturb_(
-            [torch.zeros(3).int()], [], [-1], [0], [1.0], [], 3, "gauss16", [0], [0, 3, 3]
-        )
+        torch.ops.zokern.perturb_([torch.zeros(3).int()], *plain, 3, "gauss16", [0], [0, 3, 3])
 
 
 def test_the_choice_of_backend():

@@ -1,11 +1,19 @@
 """The native core (csrc/bindings.cpp). Pointers and streams are integers, enumerators too."""
 
+from collections.abc import Sequence
+
+# An address and the enumerator of an element type.
+_Dense = tuple[int, int]
+
 class Sweep:
     def __init__(
         self,
         *,
         params: list[int],
         residuals: list[int],
+        masters: list[int],
+        momenta: list[int],
+        dense: list[list[_Dense]],
         numels: list[int],
         offsets: list[int],
         row_lengths: list[int],
@@ -13,15 +21,39 @@ class Sweep:
         tensor_ids: list[int],
         storages: list[int],
         rows: list[int],
+        decays: Sequence[float],
+        steps: Sequence[float],
         law: int,
         seed: int,
         draws: list[int],
         coeffs: list[float],
         scales: list[float],
+        rest: int,
+        sign: bool,
+        gradient: list[float],
+        plain: bool,
+    ) -> None: ...
+
+class Products:
+    def __init__(
+        self,
+        *,
+        vectors: list[_Dense],
+        numels: list[int],
+        offsets: list[int],
+        row_lengths: list[int],
+        row_strides: list[int],
+        tensor_ids: list[int],
+        law: int,
+        seed: int,
+        draw: int,
     ) -> None: ...
 
 def cpu_capabilities() -> list[str]: ...
 def cpu_sweep(sweep: Sweep, capability: str, threads: int, /) -> None: ...
+def cpu_inner_products(
+    products: Products, out: int, capability: str, threads: int, /
+) -> None: ...
 def cpu_sample(
     law: int,
     numel: int,

@@ -1,13 +1,14 @@
 """What an operand must be to be swept in place. Each error names the operand and the reason."""
 
-import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zokern.laws import LAWS
-from zokern.sweep import Shard, Sweep
+from zokern.sweep import InnerProducts, Shard, Sweep
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Which residuals each parameter dtype can have.
@@ -18,33 +19,107 @@ RESIDUAL_DTYPES = {
 }
 
 
+# Dense directions that a kernel takes.
+MAX_DENSE = 2
+
+
+def check_direction_law(law: str) -> None:
+    directions = [name for name, entry in LAWS.items() if entry.is_direction]
+    if law not in directions:
+        raise ValueError(f"law {law!r} gives no directions; those that do: {', '.join(directions)}")
+
+
 def check_operand(sweep: Sweep, i: int) -> None:
     """Raises TypeError or ValueError, naming the operand, if it cannot be swept in place."""
     param, residual = sweep.params[i], sweep.residuals[i]
-    try:
+    with _named("params", i, param):
         _check_strided(param)
-        if param.dtype not in PARAM_DTYPES:
-            raise TypeError("its dtype must be float32, bfloat16 or float16")
+        _check_dtype(param)
         if param.device != sweep.params[0].device:
             raise ValueError(f"it is on {param.device}, params[0] on {sweep.params[0].device}")
         _check_shard(param, sweep.shards[i], sweep.law)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{_describe('params', i, param)}: {error}") from None
-    if residual is None:
-        return
+    if residual is not None:
+        with _named("residuals", i, residual):
+            _check_strided(residual)
+            _check_residual(param, residual)
+    if sweep.masters is not None:
+        with _named("masters", i, sweep.masters[i]):
+            if residual is not None:
+                raise ValueError("a parameter has a master or a residual, not both")
+            _check_float32_beside(param, sweep.masters[i])
+    if sweep.update is not None:
+        if sweep.rest == 0:
+            raise ValueError("an update moves the place of rest: rest must be at least 1")
+        if sweep.update.momenta is not None:
+            with _named("momenta", i, sweep.update.momenta[i]):
+                _check_float32_beside(param, sweep.update.momenta[i])
+    _check_dense(sweep, i)
+
+
+def check_vector(products: InnerProducts, i: int) -> None:
+    """Raises TypeError or ValueError, naming the vector, if there are no products with it."""
+    vector = products.vectors[i]
+    with _named("vectors", i, vector):
+        _check_plain(vector)
+        _check_dtype(vector)
+        if vector.device != products.vectors[0].device:
+            other = products.vectors[0].device
+            raise ValueError(f"it is on {vector.device}, vectors[0] on {other}")
+        _check_shard(vector, products.shards[i], products.law)
+
+
+@contextmanager
+def _named(argument: str, i: int, tensor: Tensor) -> Iterator[None]:
     try:
-        _check_strided(residual)
-        _check_residual(param, residual)
+        yield
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{_describe('residuals', i, residual)}: {error}") from None
+        where = f"{argument}[{i}] (shape {tuple(tensor.shape)}, {tensor.dtype})"
+        raise type(error)(f"{where}: {error}") from None
 
 
-def _check_strided(tensor: Tensor) -> None:
+def _check_dtype(tensor: Tensor) -> None:
+    if tensor.dtype not in PARAM_DTYPES:
+        raise TypeError("its dtype must be float32, bfloat16 or float16")
+
+
+def _check_beside(param: Tensor, tensor: Tensor) -> None:
+    if tensor.shape != param.shape or tensor.device != param.device:
+        raise ValueError(
+            f"it must have the shape {tuple(param.shape)} and the device {param.device} of its "
+            "parameter"
+        )
+
+
+def _check_float32_beside(param: Tensor, tensor: Tensor) -> None:
+    _check_strided(tensor)
+    if tensor.dtype != torch.float32:
+        raise TypeError("its dtype must be float32")
+    _check_beside(param, tensor)
+
+
+def _check_dense(sweep: Sweep, i: int) -> None:
+    if len(sweep.dense) > MAX_DENSE:
+        raise ValueError(f"a sweep takes {MAX_DENSE} dense directions, not {len(sweep.dense)}")
+    momenta = None if sweep.update is None else sweep.update.momenta
+    for j, vectors in enumerate(sweep.dense):
+        with _named(f"dense[{j}]", i, vectors[i]):
+            _check_plain(vectors[i])
+            _check_dtype(vectors[i])
+            _check_beside(sweep.params[i], vectors[i])
+            if momenta is not None and vectors[i] is momenta[i] and ~j in sweep.draws[sweep.rest :]:
+                raise ValueError("a momentum that is updated can be a direction only before rest")
+
+
+def _check_plain(tensor: Tensor) -> None:
     if is_traceable_wrapper_subclass(tensor):
         kind = type(tensor).__name__
         raise TypeError(f"it is a {kind}: give the local tensor that it wraps, with shards=")
     if tensor.layout != torch.strided:
         raise TypeError(f"its layout is {tensor.layout}: only strided tensors are swept")
+
+
+def _check_strided(tensor: Tensor) -> None:
+    _check_plain(tensor)
     if not is_dense(tensor):
         raise ValueError(
             f"its strides {tensor.stride()} leave holes or overlapping elements: a sweep in place "
@@ -72,11 +147,7 @@ def _check_residual(param: Tensor, residual: Tensor) -> None:
     if residual.dtype not in wanted:
         which = " or ".join(str(dtype) for dtype in wanted) or "no residual"
         raise TypeError(f"a {param.dtype} parameter takes {which} beside it")
-    if residual.shape != param.shape or residual.device != param.device:
-        raise ValueError(
-            f"it must have the shape {tuple(param.shape)} and the device {param.device} of its "
-            "parameter"
-        )
+    _check_beside(param, residual)
     if _significant_strides(residual) != _significant_strides(param):
         raise ValueError(
             f"its strides {residual.stride()} must be those of its parameter, {param.stride()}: "
@@ -85,20 +156,44 @@ def _check_residual(param: Tensor, residual: Tensor) -> None:
 
 
 def check_memory(sweep: Sweep) -> None:
-    """No two operands may share memory: the sweep would move the shared elements twice."""
-    spans = []
-    for kind, tensors in (("params", sweep.params), ("residuals", sweep.residuals)):
-        for i, tensor in enumerate(tensors):
-            if tensor is not None and tensor.numel() > 0:
-                start = tensor.data_ptr()
-                end = start + tensor.numel() * tensor.element_size()
-                spans.append((start, end, f"{kind}[{i}]"))
-    spans.sort()
-    for (_, end, first), (start, _, second) in itertools.pairwise(spans):
-        if start < end:
+    """No operand may share memory with one that is written: the sweep would move it twice.
+
+    A dense direction may be the momentum of its parameter.
+    """
+    # Sorted by where they begin, an operand overlaps one that is written only if it begins before
+    # the end of everything before it.
+    operands = [(name, i, tensor, True) for name, i, tensor in sweep.written()]
+    momenta = None if sweep.update is None else sweep.update.momenta
+    for j, vectors in enumerate(sweep.dense):
+        for i, vector in enumerate(vectors):
+            if momenta is None or vector is not momenta[i]:
+                operands.append((f"dense[{j}]", i, vector, False))
+    spans = sorted(
+        (*_span(tensor), f"{name}[{i}]", is_written)
+        for name, i, tensor, is_written in operands
+        if tensor.numel() > 0
+    )
+    # The operands that reach furthest so far, of all and of those that are written.
+    furthest: tuple[int, str] = (0, "")
+    furthest_written: tuple[int, str] = (0, "")
+    for start, end, name, is_written in spans:
+        reach, other = furthest if is_written else furthest_written
+        if start < reach:
             raise ValueError(
-                f"{first} and {second} share memory: give a tensor once (tied weights too)"
+                f"{other} and {name} share memory: give a tensor once (tied weights too)"
             )
+        furthest = max(furthest, (end, name))
+        if is_written:
+            furthest_written = max(furthest_written, (end, name))
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses that a tensor's elements lie between."""
+    start = tensor.data_ptr()
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return start, start + (last + 1) * tensor.element_size()
 
 
 def _significant_strides(tensor: Tensor) -> list[int]:
@@ -123,7 +218,3 @@ def check_elements(end: int, law: str) -> None:
     limit = LAWS[law].max_elements
     if end > limit:
         raise ValueError(f"it reaches element {end - 1}; {law} counts elements below {limit}")
-
-
-def _describe(argument: str, i: int, tensor: Tensor) -> str:
-    return f"{argument}[{i}] (shape {tuple(tensor.shape)}, {tensor.dtype})"

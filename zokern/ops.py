@@ -5,26 +5,51 @@ checks run inside the operator itself, so ``torch.ops.zokern.perturb_`` is as sa
 Nothing is written before every operand has passed.
 """
 
-import array
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from zokern import backends
-from zokern.checks import check_elements, check_memory, check_operand
+from zokern.arguments import (
+    Numbers,
+    check_length,
+    directions,
+    flat,
+    float32s,
+    integer,
+    integers,
+    pick,
+    rows,
+    signed,
+    tensor_list,
+    unflatten,
+    unsigned,
+)
+from zokern.checks import (
+    check_direction_law,
+    check_elements,
+    check_memory,
+    check_operand,
+    check_vector,
+)
 from zokern.laws import LAWS
-from zokern.sweep import Shard, Sweep
+from zokern.sweep import InnerProducts, Shard, Sweep, Update
 
-T = TypeVar("T")
-Numbers = Sequence[float] | Sequence[Sequence[float]] | Tensor
+__all__ = ["Update", "inner_products", "noise_sample", "perturb_"]
+
+Shards = Sequence[tuple[int, int, int] | None]
 
 torch.library.define(
     "zokern::perturb_",
-    "(Tensor(a!)[] params, Tensor(b!)[] residuals, int[] residual_of, int[] draws,"
-    " float[] coeffs, float[] scales, int seed, str law, int[] tensor_ids, int[] shards) -> ()",
+    "(Tensor(a!)[] params, Tensor(b!)[] residuals, int[] residual_of, Tensor(c!)[] masters,"
+    " Tensor(d!)[] momenta, Tensor[] dense, int[] draws, float[] coeffs, float[] scales, int rest,"
+    " float[] gradient, float[] decays, float[] steps, bool sign, int seed, str law,"
+    " int[] tensor_ids, int[] shards) -> ()",
+)
+torch.library.define(
+    "zokern::inner_products",
+    "(Tensor[] vectors, int draw, int seed, str law, int[] tensor_ids, int[] shards) -> Tensor",
 )
 torch.library.define(
     "zokern::noise_sample",
@@ -41,17 +66,29 @@ def perturb_(
     law: str = "gauss16",
     scales: Numbers | None = None,
     tensor_ids: Sequence[int] | None = None,
-    shards: Sequence[tuple[int, int, int] | None] | None = None,
+    shards: Shards | None = None,
     residuals: Sequence[Tensor | None] | None = None,
+    masters: Sequence[Tensor] | None = None,
+    dense: Sequence[Sequence[Tensor]] = (),
+    rest: int | None = None,
+    update: Update | None = None,
 ) -> None:
     """Move a list of tensors along seeded random directions, in place, in one sweep.
 
     For each tensor θ, with float32 arithmetic and one rounding to θ's dtype at the end::
 
-        t = θ
-        for k in range(K):
+        t = master or θ
+        u = decay * momentum                                 # 0 without momentum
+        for k in range(rest):
             t = scales[k] * t                                # only where scales[k] != 1
-            t = fma(coeffs[k], z(seed, draws[k], id), t)
+            t = fma(coeffs[k], z_k, t)
+            u = fma(gradient[k], z_k, u)                     # only with an update
+        momentum = u
+        t = fma(step, u or sign(u), t)                       # only with an update
+        master = t                                           # only where rest > 0
+        for k in range(rest, K):
+            t = scales[k] * t
+            t = fma(coeffs[k], z_k, t)
         θ = t
 
     The result is the same, bit for bit, on every backend and every device.
@@ -59,7 +96,8 @@ def perturb_(
     Args:
         params: float32, bfloat16 or float16 tensors, dense (any memory format) and not
             overlapping. They may lie on several devices.
-        draws: the K directions, K ≥ 1, each 0 ≤ draw < 2^32.
+        draws: the K directions, K ≥ 1: z_k is the noise of draw 0 ≤ draws[k] < 2^32, or the dense
+            direction j where draws[k] is ~j (-1, -2, …).
         coeffs: K numbers, or K for each tensor (shape (len(params), K)). Rounded to float32.
         seed: of the run, 0 ≤ seed < 2^64.
         law: ``gauss16``, ``gauss32``, ``rademacher`` or ``normal``; see :mod:`zokern.noise`.
@@ -71,47 +109,68 @@ def perturb_(
             full tensor and gets the noise of that element.
         residuals: for each tensor None or the low bits of its value, shaped and laid out like it:
             int16 or int8 beside bfloat16, float16 beside float16 (``split`` and ``split8``).
+        masters: for each tensor its float32 value at rest, of its shape; instead of residuals.
+            With ``rest=0`` they are only read: params = masters + Σ coeffs[k]·z_k.
+        dense: up to two dense directions, each with a tensor (float32, bfloat16 or float16) of
+            each parameter's shape.
+        rest: how many directions lead to the place of rest; all by default.
+        update: the step by an estimated gradient that the place of rest makes, with momentum or by
+            sign; its numbers may be one for all tensors. Plain SGD needs none: it is a matter of
+            ``coeffs``. A momentum may itself be a dense direction before ``rest``, where it counts
+            as it was before the sweep.
 
     Raises:
         TypeError, ValueError: for an operand that cannot be swept in place or an argument out of
             range, naming it, before anything is written.
     """
-    params = _tensor_list("params", params)
+    params = tensor_list("params", params)
     count = len(params)
-    draws = _integers("draws", draws, bits=32)
+    dense = [tensor_list(f"dense[{j}]", vectors) for j, vectors in enumerate(dense)]
+    for j, vectors in enumerate(dense):
+        check_length(f"dense[{j}]", vectors, count)
+    draws = directions(draws, len(dense))
     if not draws:
         raise ValueError("draws is empty: give at least one direction")
-    coeff_rows = _rows("coeffs", coeffs, count, len(draws))
-    scale_rows = None if scales is None else _rows("scales", scales, count, len(draws))
-    seed = _integer("seed", seed, bits=64)
-    ids = list(range(count)) if tensor_ids is None else _integers("tensor_ids", tensor_ids, bits=56)
-    _check_length("tensor_ids", ids, count)
-    shard_list = [None] * count if shards is None else list(shards)
-    _check_length("shards", shard_list, count)
+    k = len(draws)
+    coeff_rows = rows("coeffs", coeffs, count, k)
+    scale_rows = None if scales is None else rows("scales", scales, count, k)
+    seed = integer("seed", seed, bits=64)
+    ids = list(range(count)) if tensor_ids is None else integers("tensor_ids", tensor_ids, bits=56)
+    check_length("tensor_ids", ids, count)
+    shard_list = _shard_list(shards, params)
     residual_list = [None] * count if residuals is None else list(residuals)
-    _check_length("residuals", residual_list, count)
+    check_length("residuals", residual_list, count)
+    master_list = None if masters is None else tensor_list("masters", masters)
+    check_length("masters", params if master_list is None else master_list, count)
+    rest = k if rest is None else integer("rest", rest, bits=32)
+    update = None if update is None else _read_update(update, count, k)
 
-    by_device: dict[torch.device, list[int]] = {}
-    for i, param in enumerate(params):
-        by_device.setdefault(param.device, []).append(i)
-
-    calls = []
-    for members in by_device.values():
+    def call(members: list[int]) -> tuple:
         own_residuals = [r for i in members if (r := residual_list[i]) is not None]
         slots = iter(range(len(own_residuals)))
-        arguments = (
-            _pick(params, members),
+        momenta = None if update is None else update.momenta
+        return (
+            pick(params, members),
             own_residuals,
             [-1 if residual_list[i] is None else next(slots) for i in members],
+            [] if master_list is None else pick(master_list, members),
+            [] if momenta is None else pick(momenta, members),
+            [vectors[i] for vectors in dense for i in members],
             draws,
-            _flat(coeff_rows, members),
-            [] if scale_rows is None else _flat(scale_rows, members),
-            _signed(seed),
+            flat(coeff_rows, members),
+            [] if scale_rows is None else flat(scale_rows, members),
+            rest,
+            [] if update is None else flat(update.gradient, members),
+            [] if update is None else pick(update.decays, members),
+            [] if update is None else pick(update.steps, members),
+            update is not None and update.sign,
+            signed(seed),
             law,
-            _pick(ids, members),
-            [n for i in members for n in _shard_numbers(i, shard_list[i], params[i])],
+            pick(ids, members),
+            [n for i in members for n in shard_list[i]],
         )
-        calls.append(arguments)
+
+    calls = [call(members) for members in _by_device(params).values()]
     if len(calls) > 1:
         for arguments in calls:
             check_memory(_sweep(*arguments))
@@ -121,28 +180,15 @@ def perturb_(
 
 
 @torch.library.impl("zokern::perturb_", "CompositeExplicitAutograd")
-def _perturb_kernel(
-    params: list[Tensor],
-    residuals: list[Tensor],
-    residual_of: list[int],
-    draws: list[int],
-    coeffs: list[float],
-    scales: list[float],
-    seed: int,
-    law: str,
-    tensor_ids: list[int],
-    shards: list[int],
-) -> None:
-    sweep = _sweep(
-        params, residuals, residual_of, draws, coeffs, scales, seed, law, tensor_ids, shards
-    )
+def _perturb_kernel(params: list[Tensor], *arguments) -> None:
+    sweep = _sweep(params, *arguments)
     if not params:
         return
     check_memory(sweep)
     backends.select(params[0].device).perturb_(sweep)
     # The dispatcher leaves this to the kernels; autograd notices stale saved tensors by it.
     torch.autograd.graph.increment_version(
-        [tensor for tensor in (*params, *residuals) if not tensor.is_inference()]
+        [tensor for _, _, tensor in sweep.written() if not tensor.is_inference()]
     )
 
 
@@ -151,26 +197,64 @@ def _perturb_fake(*arguments) -> None:
     _sweep(*arguments)
 
 
-@torch.library.impl("zokern::noise_sample", "CompositeExplicitAutograd")
-def _noise_sample_kernel(
-    law: str, numel: int, seed: int, draw: int, tensor_id: int, offset: int, device: torch.device
+def inner_products(
+    vectors: Iterable[Tensor],
+    draw: int,
+    *,
+    seed: int,
+    law: str = "gauss16",
+    tensor_ids: Sequence[int] | None = None,
+    shards: Shards | None = None,
 ) -> Tensor:
-    _check_sample(law, numel, offset)
-    return backends.select(device).sample(
-        law,
-        numel,
-        seed=_unsigned(seed),
-        draw=_integer("draw", draw, bits=32),
-        tensor_id=_integer("tensor_id", tensor_id, bits=56),
-        offset=offset,
-        device=device,
-    )
+    """Inner products of tensors with each other's noise, which is drawn on the way.
+
+    Accumulated so exactly that every backend and every sharding gives the same sums once they are
+    rounded to float32.
+
+    Args:
+        vectors: float32, bfloat16 or float16 tensors v, in any memory format.
+        draw: 0 ≤ draw < 2^32, whose noise is z.
+        seed, law, tensor_ids, shards: as for :func:`perturb_`.
+
+    Returns:
+        A float64 tensor of shape (len(vectors), 3) on the CPU: v·v, v·z and z·z for each tensor.
+
+    Raises:
+        TypeError, ValueError: for an argument out of range, naming it.
+    """
+    vectors = tensor_list("vectors", vectors)
+    count = len(vectors)
+    ids = list(range(count)) if tensor_ids is None else integers("tensor_ids", tensor_ids, bits=56)
+    check_length("tensor_ids", ids, count)
+    shard_list = _shard_list(shards, vectors)
+    draw = integer("draw", draw, bits=32)
+    seed = signed(integer("seed", seed, bits=64))
+    sums = torch.zeros(count, 3, dtype=torch.float64)
+    with torch.no_grad():
+        for members in _by_device(vectors).values():
+            sums[members] = torch.ops.zokern.inner_products(
+                pick(vectors, members),
+                draw,
+                seed,
+                law,
+                pick(ids, members),
+                [n for i in members for n in shard_list[i]],
+            )
+    return sums
 
 
-@torch.library.register_fake("zokern::noise_sample")
-def _noise_sample_fake(law, numel, seed, draw, tensor_id, offset, device) -> Tensor:
-    _check_sample(law, numel, offset)
-    return torch.empty(numel, dtype=LAWS[law].dtype, device=device)
+@torch.library.impl("zokern::inner_products", "CompositeExplicitAutograd")
+def _inner_products_kernel(vectors: list[Tensor], *arguments) -> Tensor:
+    products = _products(vectors, *arguments)
+    if not vectors:
+        return torch.zeros(0, 3, dtype=torch.float64)
+    return backends.select(vectors[0].device).inner_products(products)
+
+
+@torch.library.register_fake("zokern::inner_products")
+def _inner_products_fake(vectors: list[Tensor], *arguments) -> Tensor:
+    _products(vectors, *arguments)
+    return torch.empty(len(vectors), 3, dtype=torch.float64)
 
 
 def noise_sample(
@@ -188,19 +272,41 @@ def noise_sample(
     return torch.ops.zokern.noise_sample(
         law,
         numel,
-        _signed(_integer("seed", seed, bits=64)),
-        _integer("draw", draw, bits=32),
-        _integer("tensor_id", tensor_id, bits=56),
+        signed(integer("seed", seed, bits=64)),
+        integer("draw", draw, bits=32),
+        integer("tensor_id", tensor_id, bits=56),
         offset,
         torch.device(device),
     )
 
 
+@torch.library.impl("zokern::noise_sample", "CompositeExplicitAutograd")
+def _noise_sample_kernel(
+    law: str, numel: int, seed: int, draw: int, tensor_id: int, offset: int, device: torch.device
+) -> Tensor:
+    _check_sample(law, numel, offset)
+    return backends.select(device).sample(
+        law,
+        numel,
+        seed=unsigned(seed),
+        draw=integer("draw", draw, bits=32),
+        tensor_id=integer("tensor_id", tensor_id, bits=56),
+        offset=offset,
+        device=device,
+    )
+
+
+@torch.library.register_fake("zokern::noise_sample")
+def _noise_sample_fake(law, numel, seed, draw, tensor_id, offset, device) -> Tensor:
+    _check_sample(law, numel, offset)
+    return torch.empty(numel, dtype=LAWS[law].dtype, device=device)
+
+
 def _check_sample(law: str, numel: int, offset: int) -> None:
     if law not in LAWS:
         raise ValueError(f"unknown law {law!r}; there are {', '.join(LAWS)}")
-    _integer("numel", numel, bits=63)
-    _integer("offset", offset, bits=63)
+    integer("numel", numel, bits=63)
+    integer("offset", offset, bits=63)
     try:
         check_elements(offset + numel, law)
     except ValueError as error:
@@ -211,36 +317,63 @@ def _sweep(
     params: list[Tensor],
     residuals: list[Tensor],
     residual_of: list[int],
+    masters: list[Tensor],
+    momenta: list[Tensor],
+    dense: list[Tensor],
     draws: list[int],
     coeffs: list[float],
     scales: list[float],
+    rest: int,
+    gradient: list[float],
+    decays: list[float],
+    steps: list[float],
+    sign: bool,
     seed: int,
     law: str,
     tensor_ids: list[int],
     shards: list[int],
 ) -> Sweep:
     """The flat arguments of the schema as a Sweep, every operand checked but for its memory."""
-    directions = [name for name, entry in LAWS.items() if entry.is_direction]
-    if law not in directions:
-        raise ValueError(f"law {law!r} gives no directions; those that do: {', '.join(directions)}")
-    count = len(params)
-    if len(residual_of) != count or len(tensor_ids) != count or len(shards) != 3 * count:
-        raise ValueError(
-            f"{count} params need {count} residual_of, {count} tensor_ids and {3 * count} shards; "
-            f"got {len(residual_of)}, {len(tensor_ids)} and {len(shards)}"
-        )
+    check_direction_law(law)
+    count, k = len(params), len(draws)
+    _check_flat(count, residual_of=(residual_of, 1), tensor_ids=(tensor_ids, 1), shards=(shards, 3))
     used = sorted(slot for slot in residual_of if slot >= 0)
     if used != list(range(len(residuals))):
         raise ValueError(f"residual_of must name each of the {len(residuals)} residuals once")
+    if masters:
+        _check_flat(count, masters=(masters, 1))
+    if momenta:
+        _check_flat(count, momenta=(momenta, 1))
+    if count and len(dense) % count:
+        raise ValueError(f"dense has {len(dense)} entries, no multiple of the {count} params")
+    if not 0 <= rest <= k:
+        raise ValueError(f"rest must be between 0 and the {k} directions, not {rest}")
+    update = None
+    if gradient:
+        _check_flat(count, decays=(decays, 1), steps=(steps, 1))
+        update = Update(
+            unflatten("gradient", gradient, count, k),
+            float32s("decays", decays),
+            float32s("steps", steps),
+            momenta or None,
+            sign,
+        )
+    elif momenta or decays or steps or sign:
+        raise ValueError("momenta, decays, steps and sign belong to an update: give its gradient")
+    vectors = [dense[i : i + count] for i in range(0, len(dense), count or 1)]
     sweep = Sweep(
         params=params,
         residuals=[None if slot < 0 else residuals[slot] for slot in residual_of],
+        masters=masters or None,
+        dense=vectors,
         shards=[Shard(*shards[3 * i : 3 * i + 3]) for i in range(count)],
-        tensor_ids=_integers("tensor_ids", tensor_ids, bits=56),
-        draws=_integers("draws", draws, bits=32),
-        coeffs=_unflatten("coeffs", coeffs, count, len(draws)),
-        scales=_unflatten("scales", scales or [1.0] * len(draws), count, len(draws)),
-        seed=_unsigned(seed),
+        tensor_ids=integers("tensor_ids", tensor_ids, bits=56),
+        draws=directions(draws, len(vectors)),
+        coeffs=unflatten("coeffs", coeffs, count, k),
+        scales=unflatten("scales", scales or [1.0] * k, count, k),
+        rest=rest,
+        update=update,
+        seed=unsigned(seed),
         law=law,
     )
     for i in range(count):
@@ -248,93 +381,74 @@ def _sweep(
     return sweep
 
 
-def _tensor_list(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
-    if isinstance(tensors, Tensor):
-        raise TypeError(f"{name} must be a list of tensors, not one tensor")
-    result = list(tensors)
-    for i, tensor in enumerate(result):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}[{i}] must be a tensor, not {type(tensor).__name__}")
-        if tensor.is_conj() or tensor.is_neg():
-            # The dispatcher would refuse these too, in words of its own.
-            view = "conjugated" if tensor.is_conj() else "negated"
-            raise ValueError(f"{name}[{i}] is a lazily {view} view: a sweep in place needs a copy")
+def _products(
+    vectors: list[Tensor],
+    draw: int,
+    seed: int,
+    law: str,
+    tensor_ids: list[int],
+    shards: list[int],
+) -> InnerProducts:
+    """The flat arguments of the schema, checked."""
+    check_direction_law(law)
+    count = len(vectors)
+    _check_flat(count, tensor_ids=(tensor_ids, 1), shards=(shards, 3))
+    products = InnerProducts(
+        vectors=vectors,
+        shards=[Shard(*shards[3 * i : 3 * i + 3]) for i in range(count)],
+        tensor_ids=integers("tensor_ids", tensor_ids, bits=56),
+        draw=integer("draw", draw, bits=32),
+        seed=unsigned(seed),
+        law=law,
+    )
+    for i in range(count):
+        check_vector(products, i)
+    return products
+
+
+def _check_flat(count: int, **arguments: tuple[Sequence, int]) -> None:
+    for name, (values, each) in arguments.items():
+        if len(values) != each * count:
+            raise ValueError(
+                f"{name} must have {each * count} entries for {count} tensors, not {len(values)}"
+            )
+
+
+def _read_update(update: Update, count: int, k: int) -> Update:
+    def per_tensor(name: str, values: float | Sequence[float]) -> list[float]:
+        given = list(values) if isinstance(values, Sequence) else [values] * count
+        check_length(name, given, count)
+        return float32s(name, given)
+
+    momenta = update.momenta
+    if momenta is not None:
+        momenta = tensor_list("momenta", momenta)
+        check_length("momenta", momenta, count)
+    return Update(
+        rows("gradient", update.gradient, count, k),
+        per_tensor("decays", update.decays),
+        per_tensor("steps", update.steps),
+        momenta,
+        bool(update.sign),
+    )
+
+
+def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[int]]:
+    members: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        members.setdefault(tensor.device, []).append(i)
+    return members
+
+
+def _shard_list(shards: Shards | None, tensors: list[Tensor]) -> list[tuple[int, ...]]:
+    """Three numbers for each tensor."""
+    given = [None] * len(tensors) if shards is None else list(shards)
+    check_length("shards", given, len(tensors))
+    result = []
+    for i, (shard, tensor) in enumerate(zip(given, tensors, strict=True)):
+        if shard is None:
+            shard = (0, tensor.numel(), tensor.numel())
+        if len(shard) != 3:
+            raise ValueError(f"shards[{i}] must be (offset, row_length, row_stride), not {shard!r}")
+        result.append(tuple(integer(f"shards[{i}]", n, bits=63) for n in shard))
     return result
-
-
-def _integer(name: str, value: int, *, bits: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, not {value!r}")
-    value = value.__index__()
-    if not 0 <= value < 1 << bits:
-        raise ValueError(f"{name} must be at least 0 and below 2^{bits}, not {value}")
-    return value
-
-
-def _integers(name: str, values: Sequence[int], *, bits: int) -> list[int]:
-    return [_integer(f"{name}[{i}]", value, bits=bits) for i, value in enumerate(values)]
-
-
-def _check_length(name: str, values: Sequence, count: int) -> None:
-    if len(values) != count:
-        raise ValueError(f"{name} has {len(values)} entries for {count} params")
-
-
-def _shard_numbers(i: int, shard: tuple[int, int, int] | None, param: Tensor) -> tuple:
-    if shard is None:
-        return (0, param.numel(), param.numel())
-    if len(shard) != 3:
-        raise ValueError(f"shards[{i}] must be (offset, row_length, row_stride), not {shard!r}")
-    return tuple(_integer(f"shards[{i}]", n, bits=63) for n in shard)
-
-
-def _rows(name: str, values: Numbers, count: int, k: int) -> list[list[float]]:
-    """One row of K for all tensors, or a row for each."""
-    to_list: Callable[[], list] = getattr(values, "tolist", lambda: list(values))
-    given = to_list()
-    shared = not given or not isinstance(given[0], Sequence)
-    rows: list[list[float]] = [given] if shared else [list(row) for row in given]
-    if any(len(row) != k for row in rows) or (not shared and len(rows) != count):
-        raise ValueError(
-            f"{name} must be {k} numbers, one per draw, or {k} for each of the {count} params; "
-            f"got {values!r}"
-        )
-    return [_float32(name, row) for row in rows]
-
-
-def _float32(name: str, numbers: list[float]) -> list[float]:
-    try:
-        rounded = array.array("f", numbers).tolist()
-    except TypeError:
-        rounded = [math.nan]
-    if not all(map(math.isfinite, rounded)):
-        raise ValueError(f"{name} must be finite float32 numbers; got {numbers!r}")
-    return rounded
-
-
-def _unflatten(name: str, flat: list[float], count: int, k: int) -> list[list[float]]:
-    flat = _float32(name, flat)
-    if len(flat) == k:
-        return [flat] * count
-    if len(flat) != count * k:
-        raise ValueError(f"{name} must hold {k} or {count * k} numbers, not {len(flat)}")
-    return [flat[i * k : i * k + k] for i in range(count)]
-
-
-def _flat(rows: list[list[float]], members: list[int]) -> list[float]:
-    if len(rows) == 1:
-        return rows[0]
-    return [number for i in members for number in rows[i]]
-
-
-def _pick(values: list[T], members: list[int]) -> list[T]:
-    return [values[i] for i in members]
-
-
-def _signed(seed: int) -> int:
-    """A schema's int is signed: 64-bit seeds travel as the int64 of the same bits."""
-    return seed - (1 << 64) if seed >> 63 else seed
-
-
-def _unsigned(seed: int) -> int:
-    return seed & ((1 << 64) - 1)

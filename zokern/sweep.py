@@ -21,8 +21,36 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Update:
+    """How a sweep moves the place of rest by an estimated gradient Σ gradient[k]·z_k.
+
+    u = decay·momentum + Σ over the directions before rest, in order, by fma; momentum = u; then
+    θ = fma(step, u, θ), or the sign of u instead of u. Without momentum u begins at 0.
+
+    Attributes:
+        gradient: for each tensor a row of numbers, one for each direction; those of the directions
+            after rest are not looked at.
+        decays: for each tensor.
+        steps: for each tensor.
+        momenta: float32, shaped like the tensors.
+        sign: step by +1, 0 or -1 instead of u.
+    """
+
+    gradient: Sequence[Sequence[float]]
+    decays: Sequence[float]
+    steps: Sequence[float]
+    momenta: list[Tensor] | None = None
+    sign: bool = False
+
+
+@dataclass(frozen=True)
 class Sweep:
     """θ ← Σ over directions, in order: θ ← s_k·θ, then θ ← fma(c_k, z_k, θ); rounded once.
+
+    A direction z_k is the noise of a draw or, where ``draws[k]`` is negative, the dense tensor
+    ``dense[~draws[k]]``. After the first ``rest`` directions the value is the new place of rest:
+    there the update is added and the master, where there is one, is written. θ is read from the
+    master, else from the parameter and its residual, and written to the parameter at the end.
 
     All tensors are on one device and have passed the checks of :mod:`zokern.ops`. Coefficients and
     scales are float32 values; each tensor has a row of them, and rows may be one shared object.
@@ -30,11 +58,48 @@ class Sweep:
 
     params: list[Tensor]
     residuals: list[Tensor | None]
+    masters: list[Tensor] | None
+    dense: list[list[Tensor]]
     shards: list[Shard]
     tensor_ids: list[int]
     draws: list[int]
     coeffs: Sequence[Sequence[float]]
     scales: Sequence[Sequence[float]]
+    rest: int
+    update: Update | None
+    seed: int
+    law: str
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it only moves parameters in place along noise."""
+        return self.masters is None and self.update is None and not self.dense
+
+    def written(self) -> Iterator[tuple[str, int, Tensor]]:
+        """The operands that it writes: argument, position, tensor."""
+        momenta = None if self.update is None else self.update.momenta
+        for name, tensors in (
+            ("params", self.params),
+            ("residuals", self.residuals),
+            ("masters", self.masters or []),
+            ("momenta", momenta or []),
+        ):
+            for i, tensor in enumerate(tensors):
+                if tensor is not None:
+                    yield name, i, tensor
+
+
+@dataclass(frozen=True)
+class InnerProducts:
+    """For each tensor v the sums v·v, v·z and z·z, z being the noise of one draw.
+
+    All tensors are on one device and have passed the checks of :mod:`zokern.ops`.
+    """
+
+    vectors: list[Tensor]
+    shards: list[Shard]
+    tensor_ids: list[int]
+    draw: int
     seed: int
     law: str
 
@@ -46,17 +111,27 @@ def row_major(sweep: Sweep) -> Iterator[Sweep]:
     Elements are numbered in logical row-major order in every memory format, so an operand in
     another dense format (channels_last, permuted) is copied, swept and copied back at the end.
     """
-    copies: list[tuple[Tensor, Tensor]] = []
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def contiguous(tensor: Tensor) -> Tensor:
         if tensor.is_contiguous():
             return tensor
-        copy = tensor.contiguous()
-        copies.append((tensor, copy))
-        return copy
+        if id(tensor) not in copies:
+            copies[id(tensor)] = (tensor, tensor.contiguous())
+        return copies[id(tensor)][1]
 
-    params = [contiguous(param) for param in sweep.params]
-    residuals = [None if residual is None else contiguous(residual) for residual in sweep.residuals]
-    yield replace(sweep, params=params, residuals=residuals)
-    for tensor, copy in copies:
-        tensor.copy_(copy)
+    update = sweep.update
+    if update is not None and update.momenta is not None:
+        update = replace(update, momenta=[contiguous(momentum) for momentum in update.momenta])
+    yield replace(
+        sweep,
+        params=[contiguous(param) for param in sweep.params],
+        residuals=[None if r is None else contiguous(r) for r in sweep.residuals],
+        masters=None if sweep.masters is None else [contiguous(m) for m in sweep.masters],
+        dense=[[contiguous(vector) for vector in vectors] for vectors in sweep.dense],
+        update=update,
+    )
+    written = {id(tensor) for _, _, tensor in sweep.written()}
+    for tensor, copy in copies.values():
+        if id(tensor) in written:
+            tensor.copy_(copy)

@@ -6,6 +6,6 @@
 #include "driver.h"
 
 namespace zokern {
-const CpuKernels kAvx2Kernels = {Simd::kName, sweep, sample, values};
+const CpuKernels kAvx2Kernels = {Simd::kName, sweep, products, sample, values};
 }  // namespace zokern
 #endif

@@ -6,6 +6,6 @@
 #include "driver.h"
 
 namespace zokern {
-const CpuKernels kAvx512Kernels = {Simd::kName, sweep, sample, values};
+const CpuKernels kAvx512Kernels = {Simd::kName, sweep, products, sample, values};
 }  // namespace zokern
 #endif

@@ -1,6 +1,7 @@
 #include "cpu.h"
 
 #include <algorithm>
+#include <mutex>
 #include <stdexcept>
 
 #include "kernels.h"
@@ -53,6 +54,22 @@ void over_ranges(int64_t count, int threads,
     });
 }
 
+// Calls work(i, begin, end) for ranges of elements of tensors that together cover all of them.
+template <class Tensor>
+void over_tensors(const std::vector<Tensor>& tensors, int threads,
+                  const std::function<void(size_t i, int64_t begin, int64_t end)>& work) {
+    std::vector<int64_t> starts = {0};
+    for (const Tensor& tensor : tensors) starts.push_back(starts.back() + tensor.numel);
+    over_ranges(starts.back(), threads, [&](int64_t begin, int64_t end) {
+        const auto after = std::upper_bound(starts.begin(), starts.end(), begin);
+        for (size_t i = size_t(after - starts.begin()) - 1; begin < end; ++i) {
+            const int64_t stop = std::min(end, starts[i + 1]);
+            if (begin < stop) work(i, begin - starts[i], stop - starts[i]);
+            begin = stop;
+        }
+    });
+}
+
 }  // namespace
 
 std::vector<std::string> cpu_capabilities() {
@@ -63,26 +80,40 @@ std::vector<std::string> cpu_capabilities() {
 
 void cpu_sweep(const Sweep& sweep, const std::string& capability, int threads) {
     const CpuKernels& kernels = kernels_named(capability);
-    const int64_t directions = int64_t(sweep.draws.size());
-    std::vector<int64_t> starts = {0};
-    for (const SweepTensor& tensor : sweep.tensors) starts.push_back(starts.back() + tensor.numel);
-
-    over_ranges(starts.back(), threads, [&](int64_t begin, int64_t end) {
-        const auto after = std::upper_bound(starts.begin(), starts.end(), begin);
-        for (size_t i = size_t(after - starts.begin()) - 1; begin < end; ++i) {
-            const SweepTensor& tensor = sweep.tensors[i];
-            const int64_t stop = std::min(end, starts[i + 1]);
-            if (begin == stop) continue;
-            const Directions d = {sweep.law,
-                                  sweep.seed,
-                                  directions,
-                                  sweep.draws.data(),
-                                  sweep.coeffs.data() + tensor.row * directions,
-                                  sweep.scales.data() + tensor.row * directions};
-            kernels.sweep(d, tensor, begin - starts[i], stop - starts[i]);
-            begin = stop;
-        }
+    over_tensors(sweep.tensors, threads, [&](size_t i, int64_t begin, int64_t end) {
+        const SweepTensor& tensor = sweep.tensors[i];
+        const int64_t count = int64_t(sweep.draws.size()), row = tensor.row * count;
+        const Directions d = {sweep.law,
+                              sweep.seed,
+                              count,
+                              sweep.rest,
+                              sweep.draws.data(),
+                              sweep.coeffs.data() + row,
+                              sweep.scales.data() + row,
+                              sweep.updates ? sweep.gradient.data() + row : nullptr,
+                              sweep.sign,
+                              sweep.plain};
+        kernels.sweep(d, tensor, begin, end);
     });
+}
+
+void cpu_inner_products(const Products& products, double* out, const std::string& capability,
+                        int threads) {
+    const CpuKernels& kernels = kernels_named(capability);
+    std::vector<ExactProducts> totals(products.tensors.size(), ExactProducts{});
+    std::mutex adding;
+    over_tensors(products.tensors, threads, [&](size_t i, int64_t begin, int64_t end) {
+        const ProductTensor& tensor = products.tensors[i];
+        const Stream stream =
+            make_stream(products.seed, tensor.tensor_id, products.draw, products.law);
+        ExactProducts sums{};
+        kernels.products(products.law, stream, tensor, begin, end, sums);
+        const std::lock_guard<std::mutex> lock(adding);
+        add(totals[i], sums);
+    });
+    for (const ExactProducts& total : totals) {
+        for (const ExactSum& sum : {total.vv, total.vz, total.zz}) *out++ = sum.high + sum.low;
+    }
 }
 
 void cpu_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,

@@ -15,6 +15,10 @@ std::vector<std::string> cpu_capabilities();
 // `capability` is one of cpu_capabilities(), or a std::invalid_argument says so.
 void cpu_sweep(const Sweep& sweep, const std::string& capability, int threads);
 
+// Three sums for each tensor: v·v, v·z and z·z.
+void cpu_inner_products(const Products& products, double* out, const std::string& capability,
+                        int threads);
+
 // float32 for directions, int64 for words.
 void cpu_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
                 int64_t offset, void* out, const std::string& capability, int threads);

@@ -31,9 +31,93 @@ int64_t whole_steps(int64_t n) {
 template <Law law>
 void move(const Directions& d, uint64_t tensor_id, int64_t element, int64_t count, float* t) {
     for (int64_t k = 0; k < d.count; ++k) {
-        const Stream stream = make_stream(d.seed, tensor_id, d.draws[k], law);
+        const Stream stream = make_stream(d.seed, tensor_id, uint32_t(d.draws[k]), law);
         accumulate<law>(stream, uint64_t(element), count, t, d.coeffs[k], d.scales[k]);
     }
+}
+
+// A draw's values, in place of what was at z.
+template <Law law>
+void draw_values(const Stream& stream, int64_t element, int64_t count, float* z) {
+    // -0 is what can be added to any z, also to +0 and -0, and leave its bits.
+    for (int64_t j = 0; j < count; ++j) z[j] = -0.0f;
+    accumulate<law>(stream, uint64_t(element), count, z, 1.0f, 1.0f);
+}
+
+// Elements [i, i + n) of a dense direction.
+void load_dense(const DenseTensor& dense, int64_t i, int64_t n, float* values) {
+    SweepTensor as_param{};
+    as_param.param = const_cast<void*>(dense.data);
+    switch (dense.type) {
+        case Storage::bf16:
+            return load_block<Storage::bf16>(as_param, i, n, values);
+        case Storage::fp16:
+            return load_block<Storage::fp16>(as_param, i, n, values);
+        default:
+            return load_block<Storage::fp32>(as_param, i, n, values);
+    }
+}
+
+void zero(float* values, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) values[j] = 0.0f;
+}
+
+// Elements [i, i + n) of a sweep that is more than a move along noise: through whole blocks of
+// values, of the update u and of each direction z in turn.
+template <Law law, Storage storage>
+void sweep_block(const Directions& d, const SweepTensor& tensor, int64_t i, int64_t n,
+                 int64_t element) {
+    Buffer t, u, z;
+    const int64_t lead = element % alignment<law>();
+    const int64_t padded = whole_steps<law>(lead + n);
+    float *values = t.t + lead, *updates = u.t + lead;
+    const float* direction = z.t + lead;
+
+    const auto move_along = [&](int64_t k, bool adds) {
+        if (d.draws[k] < 0) {
+            load_dense(tensor.dense[~d.draws[k]], i, n, z.t + lead);
+        } else {
+            const Stream stream = make_stream(d.seed, tensor.tensor_id, uint32_t(d.draws[k]), law);
+            draw_values<law>(stream, element - lead, padded, z.t);
+        }
+        const float coeff = d.coeffs[k], scale = d.scales[k];
+        if (scale != 1.0f) {
+            for (int64_t j = 0; j < n; ++j) values[j] = scale * values[j];
+        }
+        for (int64_t j = 0; j < n; ++j) values[j] = fma32(coeff, direction[j], values[j]);
+        if (adds) {
+            const float g = d.gradient[k];
+            for (int64_t j = 0; j < n; ++j) updates[j] = fma32(g, direction[j], updates[j]);
+        }
+    };
+
+    if (tensor.master != nullptr) {
+        memcpy(values, tensor.master + i, size_t(n) * sizeof(float));
+    } else {
+        load_block<storage>(tensor, i, n, values);
+    }
+    if (d.gradient != nullptr) {
+        zero(updates, 0, n);
+        if (tensor.momentum != nullptr) {
+            for (int64_t j = 0; j < n; ++j) updates[j] = tensor.decay * tensor.momentum[i + j];
+        }
+    }
+    for (int64_t k = 0; k < d.rest; ++k) move_along(k, d.gradient != nullptr);
+    if (d.gradient != nullptr) {
+        if (tensor.momentum != nullptr) {
+            memcpy(tensor.momentum + i, updates, size_t(n) * sizeof(float));
+        }
+        if (d.sign) {
+            for (int64_t j = 0; j < n; ++j)
+                updates[j] = float(updates[j] > 0.0f) - float(updates[j] < 0.0f);
+        }
+        for (int64_t j = 0; j < n; ++j) values[j] = fma32(tensor.step, updates[j], values[j]);
+    }
+    if (tensor.master != nullptr && d.rest > 0) {
+        memcpy(tensor.master + i, values, size_t(n) * sizeof(float));
+    }
+    for (int64_t k = d.rest; k < d.count; ++k) move_along(k, false);
+    store_block<storage>(tensor, i, n, values);
 }
 
 // Local elements [i, i + n), which lie in one row, their first being `element` of the full tensor.
@@ -43,16 +127,16 @@ void move_run(const Directions& d, const SweepTensor& tensor, int64_t i, int64_t
     Buffer buffer;
     while (n > 0) {
         const int64_t lead = element % alignment<law>();
-        int64_t count;
-        if (storage == Storage::fp32 && lead == 0 && n >= steps<law>()) {
-            const int64_t most = n < kBlock ? n : kBlock;
-            count = most / steps<law>() * steps<law>();
+        int64_t count = n < kBlock - lead ? n : kBlock - lead;
+        if (!d.plain) {
+            sweep_block<law, storage>(d, tensor, i, count, element);
+        } else if (storage == Storage::fp32 && lead == 0 && n >= steps<law>()) {
+            count = count / steps<law>() * steps<law>();
             move<law>(d, tensor.tensor_id, element, count, static_cast<float*>(tensor.param) + i);
         } else {
-            count = n < kBlock - lead ? n : kBlock - lead;
             const int64_t padded = whole_steps<law>(lead + count);
-            for (int64_t j = 0; j < lead; ++j) buffer.t[j] = 0.0f;
-            for (int64_t j = lead + count; j < padded; ++j) buffer.t[j] = 0.0f;
+            zero(buffer.t, 0, lead);
+            zero(buffer.t, lead + count, padded);
             load_block<storage>(tensor, i, count, buffer.t + lead);
             move<law>(d, tensor.tensor_id, element - lead, padded, buffer.t);
             store_block<storage>(tensor, i, count, buffer.t + lead);
@@ -63,16 +147,24 @@ void move_run(const Directions& d, const SweepTensor& tensor, int64_t i, int64_t
     }
 }
 
-template <Law law, Storage storage>
-void move_range(const Directions& d, const SweepTensor& tensor, int64_t begin, int64_t end) {
+// Calls run(i, n, element) for each row's part of local elements [begin, end): n of them from i on,
+// the first being `element` of the full tensor.
+template <class Tensor, class Run>
+void over_rows(const Tensor& tensor, int64_t begin, int64_t end, const Run& run) {
     while (begin < end) {
         const int64_t row = begin / tensor.row_length, column = begin % tensor.row_length;
         const int64_t rest = tensor.row_length - column;
         const int64_t n = rest < end - begin ? rest : end - begin;
-        move_run<law, storage>(d, tensor, begin, n,
-                               tensor.offset + row * tensor.row_stride + column);
+        run(begin, n, tensor.offset + row * tensor.row_stride + column);
         begin += n;
     }
+}
+
+template <Law law, Storage storage>
+void move_range(const Directions& d, const SweepTensor& tensor, int64_t begin, int64_t end) {
+    over_rows(tensor, begin, end, [&](int64_t i, int64_t n, int64_t element) {
+        move_run<law, storage>(d, tensor, i, n, element);
+    });
 }
 
 template <Law law>
@@ -106,6 +198,78 @@ void sweep(const Directions& d, const SweepTensor& tensor, int64_t begin, int64_
     }
 }
 
+// Sums of every eighth element: the lanes are independent, so that a compiler makes vectors of
+// them.
+struct Lanes {
+    static constexpr int kCount = 8;
+    double high[kCount], low[kCount];
+};
+
+ZK_FN void add_lanes(Lanes& lanes, const double* terms) {
+    for (int l = 0; l < Lanes::kCount; ++l) {
+        ExactSum sum = {lanes.high[l], lanes.low[l]};
+        add(sum, terms[l]);
+        lanes.high[l] = sum.high;
+        lanes.low[l] = sum.low;
+    }
+}
+
+ZK_FN void add(ExactSum& sum, const Lanes& lanes) {
+    for (int l = 0; l < Lanes::kCount; ++l) add(sum, ExactSum{lanes.high[l], lanes.low[l]});
+}
+
+// Of `n` elements, which are followed by zeros up to a multiple of Lanes::kCount.
+void add_products(const float* v, const float* z, int64_t n, ExactProducts& sums) {
+    constexpr int lanes = Lanes::kCount;
+    Lanes vv{}, vz{}, zz{};
+    double terms[lanes];
+    for (int64_t j = 0; j < n; j += lanes) {
+        for (int l = 0; l < lanes; ++l) terms[l] = double(v[j + l]) * double(v[j + l]);
+        add_lanes(vv, terms);
+        for (int l = 0; l < lanes; ++l) terms[l] = double(v[j + l]) * double(z[j + l]);
+        add_lanes(vz, terms);
+        for (int l = 0; l < lanes; ++l) terms[l] = double(z[j + l]) * double(z[j + l]);
+        add_lanes(zz, terms);
+    }
+    add(sums.vv, vv);
+    add(sums.vz, vz);
+    add(sums.zz, zz);
+}
+
+template <Law law>
+void products_law(const Stream& stream, const ProductTensor& tensor, int64_t begin, int64_t end,
+                  ExactProducts& sums) {
+    Buffer v, z;
+    over_rows(tensor, begin, end, [&](int64_t i, int64_t n, int64_t element) {
+        while (n > 0) {
+            const int64_t lead = element % alignment<law>();
+            const int64_t count = n < kBlock - lead ? n : kBlock - lead;
+            load_dense(tensor.vector, i, count, v.t);
+            draw_values<law>(stream, element - lead, whole_steps<law>(lead + count), z.t);
+            zero(v.t, count, count + Lanes::kCount);
+            zero(z.t + lead, count, count + Lanes::kCount);
+            add_products(v.t, z.t + lead, count, sums);
+            i += count;
+            element += count;
+            n -= count;
+        }
+    });
+}
+
+void products(Law law, const Stream& stream, const ProductTensor& tensor, int64_t begin,
+              int64_t end, ExactProducts& sums) {
+    switch (law) {
+        case Law::gauss16:
+            return products_law<Law::gauss16>(stream, tensor, begin, end, sums);
+        case Law::gauss32:
+            return products_law<Law::gauss32>(stream, tensor, begin, end, sums);
+        case Law::rademacher:
+            return products_law<Law::rademacher>(stream, tensor, begin, end, sums);
+        default:
+            return products_law<Law::normal>(stream, tensor, begin, end, sums);
+    }
+}
+
 template <Law law>
 void sample_directions(const Stream& stream, int64_t begin, int64_t end, float* out) {
     Buffer buffer;
@@ -113,9 +277,7 @@ void sample_directions(const Stream& stream, int64_t begin, int64_t end, float* 
         const int64_t lead = begin % alignment<law>();
         const int64_t count = end - begin < kBlock - lead ? end - begin : kBlock - lead;
         const int64_t padded = whole_steps<law>(lead + count);
-        // -0 is what can be added to any z, also to +0 and -0, and leave its bits.
-        for (int64_t j = 0; j < padded; ++j) buffer.t[j] = -0.0f;
-        accumulate<law>(stream, uint64_t(begin - lead), padded, buffer.t, 1.0f, 1.0f);
+        draw_values<law>(stream, begin - lead, padded, buffer.t);
         memcpy(out, buffer.t + lead, size_t(count) * sizeof(float));
         begin += count;
         out += count;

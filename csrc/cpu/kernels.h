@@ -5,24 +5,30 @@
 // function that an older CPU runs too.
 #pragma once
 
+#include "../sums.h"
 #include "../sweep.h"
 
 namespace zokern {
 
-// The directions of one tensor: t ← scales[k] t, t ← fma(coeffs[k], z(draws[k]), t), k in order.
+// What a sweep does to one tensor; see sweep.h.
 struct Directions {
     Law law;
     uint64_t seed;
-    int64_t count;
-    const uint32_t* draws;
+    int64_t count, rest;
+    const int64_t* draws;
     const float* coeffs;
     const float* scales;
+    const float* gradient;  // or null: then the sweep does not update
+    bool sign, plain;
 };
 
 struct CpuKernels {
     const char* name;
     // Moves elements [begin, end) of one tensor.
     void (*sweep)(const Directions&, const SweepTensor&, int64_t begin, int64_t end);
+    // Adds the products of elements [begin, end) of a vector with a draw.
+    void (*products)(Law, const Stream&, const ProductTensor&, int64_t begin, int64_t end,
+                     ExactProducts& sums);
     // Writes elements [begin, end) of a draw from `out` on: float for directions, int64 for words.
     void (*sample)(Law, const Stream&, int64_t begin, int64_t end, void* out);
     // The values of given groups of four words; a multiple of 16 groups; types as for sample.

@@ -80,5 +80,5 @@ void store_block(const SweepTensor& tensor, int64_t i, int64_t n, const float* t
 #include "driver.h"
 
 namespace zokern {
-const CpuKernels kPortableKernels = {"portable", sweep, sample, values};
+const CpuKernels kPortableKernels = {"portable", sweep, products, sample, values};
 }  // namespace zokern

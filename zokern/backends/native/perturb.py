@@ -1,6 +1,9 @@
 """The fused sweep, by the native core."""
 
+from itertools import chain
+
 import torch
+from torch import Tensor
 
 import zokern._C as _C
 from zokern.backends.native.capability import cpu_capability
@@ -34,20 +37,25 @@ def pack(sweep: Sweep) -> _C.Sweep:
 
     It points to the operands, which must outlive it.
     """
+    update = sweep.update
+    momenta = None if update is None else update.momenta
+    numbers = [sweep.coeffs, sweep.scales, *([] if update is None else [update.gradient])]
     rows: dict[tuple, int] = {}
     row_of = []
-    coeffs: list[float] = []
-    scales: list[float] = []
-    for coeff, scale in zip(sweep.coeffs, sweep.scales, strict=True):
-        key = (*coeff, *scale)
+    flat: list[list[float]] = [[] for _ in numbers]
+    for own in zip(*numbers, strict=True):
+        key = tuple(chain(*own))
         if key not in rows:
             rows[key] = len(rows)
-            coeffs += coeff
-            scales += scale
+            for column, row in zip(flat, own, strict=True):
+                column += row
         row_of.append(rows[key])
     return _C.Sweep(
         params=[p.data_ptr() for p in sweep.params],
         residuals=[0 if r is None else r.data_ptr() for r in sweep.residuals],
+        masters=[m.data_ptr() for m in sweep.masters or []],
+        momenta=[m.data_ptr() for m in momenta or []],
+        dense=[[address(vector) for vector in vectors] for vectors in sweep.dense],
         numels=[p.numel() for p in sweep.params],
         offsets=[s.offset for s in sweep.shards],
         row_lengths=[s.row_length for s in sweep.shards],
@@ -58,9 +66,20 @@ def pack(sweep: Sweep) -> _C.Sweep:
             for p, r in zip(sweep.params, sweep.residuals, strict=True)
         ],
         rows=row_of,
+        decays=[] if update is None else update.decays,
+        steps=[] if update is None else update.steps,
         law=LAWS[sweep.law].code,
         seed=sweep.seed,
         draws=sweep.draws,
-        coeffs=coeffs,
-        scales=scales,
+        coeffs=flat[0],
+        scales=flat[1],
+        rest=sweep.rest,
+        sign=update is not None and update.sign,
+        gradient=[] if update is None else flat[2],
+        plain=sweep.is_plain,
     )
+
+
+def address(vector: Tensor) -> tuple[int, int]:
+    """Where a dense direction lies, and of what type it is."""
+    return vector.data_ptr(), STORAGES[vector.dtype, None]

@@ -2,10 +2,11 @@
 
 import torch
 
+from zokern.backends.reference.inner_products import inner_products
 from zokern.backends.reference.noise import sample
 from zokern.backends.reference.perturb import perturb_
 
-__all__ = ["perturb_", "sample", "why_not", "why_not_by_default"]
+__all__ = ["inner_products", "perturb_", "sample", "why_not", "why_not_by_default"]
 
 
 def why_not(device: torch.device) -> str | None:

@@ -1,0 +1,110 @@
+"""Arguments of the operations as users write them, read into lists of Python numbers.
+
+Each error names the argument, says what it is and what is wanted.
+"""
+
+import array
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+# One row of numbers for all tensors, or a row for each.
+Numbers = Sequence[float] | Sequence[Sequence[float]] | Tensor
+
+
+def tensor_list(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        raise TypeError(f"{name} must be a list of tensors, not one tensor")
+    result = list(tensors)
+    for i, tensor in enumerate(result):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}[{i}] must be a tensor, not {type(tensor).__name__}")
+        if tensor.is_conj() or tensor.is_neg():
+            # The dispatcher would refuse these too, in words of its own.
+            view = "conjugated" if tensor.is_conj() else "negated"
+            raise ValueError(f"{name}[{i}] is a lazily {view} view: a sweep needs a copy")
+    return result
+
+
+def integer(name: str, value: int, *, bits: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    value = value.__index__()
+    if not 0 <= value < 1 << bits:
+        raise ValueError(f"{name} must be at least 0 and below 2^{bits}, not {value}")
+    return value
+
+
+def integers(name: str, values: Sequence[int], *, bits: int) -> list[int]:
+    return [integer(f"{name}[{i}]", value, bits=bits) for i, value in enumerate(values)]
+
+
+def directions(draws: Sequence[int], dense: int) -> list[int]:
+    """Draws, and ~j for the j-th of the dense directions."""
+    result = []
+    for i, draw in enumerate(draws):
+        slot = hasattr(draw, "__index__") and draw.__index__() < 0
+        if slot and not 0 <= ~draw.__index__() < dense:
+            raise ValueError(f"draws[{i}] is {draw}, but there are {dense} dense directions")
+        result.append(draw.__index__() if slot else integer(f"draws[{i}]", draw, bits=32))
+    return result
+
+
+def check_length(name: str, values: Sequence, count: int) -> None:
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} entries for {count} params")
+
+
+def rows(name: str, values: Numbers, count: int, k: int) -> list[list[float]]:
+    """One row of K for all tensors, or a row for each."""
+    to_list: Callable[[], list] = getattr(values, "tolist", lambda: list(values))
+    given = to_list()
+    shared = not given or not isinstance(given[0], Sequence)
+    result: list[list[float]] = [given] if shared else [list(row) for row in given]
+    if any(len(row) != k for row in result) or (not shared and len(result) != count):
+        raise ValueError(
+            f"{name} must be {k} numbers, one per draw, or {k} for each of the {count} params; "
+            f"got {values!r}"
+        )
+    return [float32s(name, row) for row in result]
+
+
+def float32s(name: str, numbers: Sequence[float]) -> list[float]:
+    try:
+        rounded = array.array("f", numbers).tolist()
+    except TypeError:
+        rounded = [math.nan]
+    if not all(map(math.isfinite, rounded)):
+        raise ValueError(f"{name} must be finite float32 numbers; got {numbers!r}")
+    return rounded
+
+
+def unflatten(name: str, flat: list[float], count: int, k: int) -> list[list[float]]:
+    flat = float32s(name, flat)
+    if len(flat) == k:
+        return [flat] * count
+    if len(flat) != count * k:
+        raise ValueError(f"{name} must hold {k} or {count * k} numbers, not {len(flat)}")
+    return [flat[i * k : i * k + k] for i in range(count)]
+
+
+def flat(rows_: list[list[float]], members: list[int]) -> list[float]:
+    if len(rows_) == 1:
+        return rows_[0]
+    return [number for i in members for number in rows_[i]]
+
+
+def pick(values: list[T], members: list[int]) -> list[T]:
+    return [values[i] for i in members]
+
+
+def signed(seed: int) -> int:
+    """A schema's int is signed: 64-bit seeds travel as the int64 of the same bits."""
+    return seed - (1 << 64) if seed >> 63 else seed
+
+
+def unsigned(seed: int) -> int:
+    return seed & ((1 << 64) - 1)
