@@ -91,13 +91,13 @@ def unflatten(name: str, flat: list[float], count: int, k: int) -> list[list[flo
     return [flat[i * k : i * k + k] for i in range(count)]
 
 
-def flat(rows_: list[list[float]], members: list[int]) -> list[float]:
+def flat(rows_: Sequence[Sequence[float]], members: list[int]) -> list[float]:
     if len(rows_) == 1:
-        return rows_[0]
+        return list(rows_[0])
     return [number for i in members for number in rows_[i]]
 
 
-def pick(values: list[T], members: list[int]) -> list[T]:
+def pick(values: Sequence[T], members: list[int]) -> list[T]:
     return [values[i] for i in members]
 
 
