@@ -4,11 +4,40 @@ from importlib.metadata import PackageNotFoundError, version
 
 from zokern import noise, ops
 from zokern.backends import use_backend
-from zokern.optim import MeZO, param_groups
+from zokern.optim import (
+    FZOO,
+    ConMeZO,
+    MeZO,
+    MeZOGreedy,
+    MeZOGV,
+    ZOOptimizer,
+    ZOPrO,
+    param_groups,
+    zopro,
+)
+from zokern.replay import replay
+from zokern.trajectory import Trajectory, TrajectoryError
 
 try:
     __version__ = version("zokern")
 except PackageNotFoundError:
     __version__ = "0+unknown"
 
-__all__ = ["MeZO", "__version__", "noise", "ops", "param_groups", "use_backend"]
+__all__ = [
+    "FZOO",
+    "ConMeZO",
+    "MeZO",
+    "MeZOGV",
+    "MeZOGreedy",
+    "Trajectory",
+    "TrajectoryError",
+    "ZOOptimizer",
+    "ZOPrO",
+    "__version__",
+    "noise",
+    "ops",
+    "param_groups",
+    "replay",
+    "use_backend",
+    "zopro",
+]

@@ -96,8 +96,8 @@ def perturb_(
     Args:
         params: float32, bfloat16 or float16 tensors, dense (any memory format) and not
             overlapping. They may lie on several devices.
-        draws: the K directions, K ≥ 1: z_k is the noise of draw 0 ≤ draws[k] < 2^32, or the dense
-            direction j where draws[k] is ~j (-1, -2, …).
+        draws: the K directions, K ≥ 1 (0 with masters): z_k is the noise of draw
+            0 ≤ draws[k] < 2^32, or the dense direction j where draws[k] is ~j (-1, -2, …).
         coeffs: K numbers, or K for each tensor (shape (len(params), K)). Rounded to float32.
         seed: of the run, 0 ≤ seed < 2^64.
         law: ``gauss16``, ``gauss32``, ``rademacher`` or ``normal``; see :mod:`zokern.noise`.
@@ -129,7 +129,7 @@ def perturb_(
     for j, vectors in enumerate(dense):
         check_length(f"dense[{j}]", vectors, count)
     draws = directions(draws, len(dense))
-    if not draws:
+    if not draws and masters is None:
         raise ValueError("draws is empty: give at least one direction")
     k = len(draws)
     coeff_rows = rows("coeffs", coeffs, count, k)

@@ -4,79 +4,109 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from numbers import Integral, Real
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zokern import checks
-from zokern.laws import LAWS, canonical_name, tensor_id
-from zokern.optim.displacement import Coefficients, Displacement, Member
+from zokern.laws import canonical_name
+from zokern.optim.displacement import Coefficients, Displacement, Expansion, Member, Step
 from zokern.optim.interrupts import uninterrupted
-from zokern.optim.precision import PRECISIONS, log_memory, new_residual, resolve
+from zokern.optim.losses import EqualLosses, Loss, as_float
+from zokern.optim.parameters import check_last_group, named, tensor_ids
+from zokern.optim.precision import VALUE_KEYS, log_memory, new_value_state, resolve
+from zokern.optim.randomness import RandomState
+from zokern.optim.recording import Recorder
+from zokern.optim.rules import Rule, float32, rule_of
+from zokern.optim.settings import COUNTERS, run_settings
 from zokern.optim.steps import Estimate, Method, OpenStep, Point, StepResult
+from zokern.optim.versions import Versions
+from zokern.trajectory import Trajectory
 
-Loss = float | Tensor
 
-# Kept in every param group, where state_dict and pickling find them, but one for the whole run.
-SETTINGS = ("eps", "samples", "seed", "law", "precision", "fuse_next")
-COUNTERS = ("step", "draws", "skipped")
+class CommonArguments(TypedDict, total=False):
+    """The arguments that all methods take, documented at :class:`zokern.MeZO`."""
 
-# eps is used in float32, where smaller and larger ones become 0 and infinity.
-MIN_EPS, MAX_EPS = 2.0**-126, 2.0**126
-
-# After so many steps whose losses are equal bit for bit, something must be wrong.
-EQUAL_STEPS = 3
+    weight_decay: float
+    momentum: float
+    sign: bool
+    samples: int
+    seed: int | None
+    law: str
+    precision: str
+    fuse_next: bool
+    maximize: bool
+    common_random_numbers: bool
+    module: nn.Module | None
+    trajectory: Trajectory | None
 
 
 class ZOOptimizer(Optimizer):
-    """Base of the optimizers that need only losses. A method overrides :meth:`_method`."""
+    """Base of the optimizers that need only losses. A method overrides :meth:`_method`.
+
+    What a method adds of its own goes into the param groups: ``settings``, given to the
+    constructor, and ``STATE``, which its estimates change from step to step.
+    """
+
+    # What a method remembers between steps, by name, with what it begins with.
+    STATE: ClassVar[dict[str, Any]] = {}
+    # The names in a parameter's state of the tensors that directions are made of beside noise.
+    DENSE: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
         params: Iterable,
-        *,
         lr: float | Tensor,
-        eps: float,
-        weight_decay: float,
-        samples: int,
-        seed: int | None,
-        law: str,
-        precision: str,
-        fuse_next: bool,
-        maximize: bool,
-        module: nn.Module | None,
+        eps: float = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        sign: bool = False,
+        samples: int = 1,
+        seed: int | None = None,
+        law: str = "gauss16",
+        precision: str = "auto",
+        fuse_next: bool = False,
+        maximize: bool = False,
+        common_random_numbers: bool = True,
+        module: nn.Module | None = None,
+        trajectory: Trajectory | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
-        samples = _integer("samples", samples, at_least=1, below=1 << 32)
-        if not (_is_number(eps) and MIN_EPS <= eps <= MAX_EPS):
-            raise ValueError(f"eps must be positive and finite in float32, not {eps!r}")
-        directions = [name for name, entry in LAWS.items() if entry.is_direction]
-        if law not in directions:
-            raise ValueError(f"law must be one of {', '.join(directions)}, not {law!r}")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-        if seed is None:
-            # From torch's generator, so that torch.manual_seed governs runs.
-            seed = int(torch.randint(-(1 << 63), (1 << 63) - 1, ())) % (1 << 64)
-        seed = _integer("seed", seed, at_least=0, below=1 << 64)
         if module is not None and not isinstance(module, nn.Module):
             raise TypeError(f"module must be an nn.Module, not {type(module).__name__}")
-
         self.last: StepResult | None = None
         self._displacement = Displacement()
+        self._versions = Versions()
         self._open: OpenStep | None = None
-        self._equal_steps = 0
+        self._recorder = Recorder(trajectory)
+        self._equal_losses = EqualLosses()
         self._warned: set[str] = set()
-        settings = (eps, samples, seed, law, precision, bool(fuse_next))
-        self._run_defaults: dict[str, Any] = dict(
-            zip(SETTINGS, settings, strict=True)
-        ) | dict.fromkeys(COUNTERS, 0)
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
-        params = [param for _, param in self._named()]
-        residuals = [state["residual"] for state in self.state.values() if "residual" in state]
-        log_memory(type(self).__name__, precision, params, residuals)
+        self._run_defaults: dict[str, Any] = {
+            **run_settings(
+                eps=eps,
+                samples=samples,
+                seed=seed,
+                law=law,
+                precision=precision,
+                fuse_next=fuse_next,
+                sign=sign,
+                common_random_numbers=common_random_numbers,
+            ),
+            **(settings or {}),
+            **self.STATE,
+        }
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "maximize": bool(maximize),
+        }
+        super().__init__(params, defaults)
+        held = [tensor for state in self.state.values() for tensor in state.values()]
+        params = [param for _, param in named(self.param_groups)]
+        log_memory(type(self).__name__, precision, params, held)
         if module is not None and fuse_next:
             module.register_state_dict_pre_hook(_FlushBefore(self))
 
@@ -88,6 +118,39 @@ class ZOOptimizer(Optimizer):
         change nothing.
         """
         raise TypeError(f"{type(self).__name__} does not say how it estimates: override _method")
+
+    def _expand(self, draw: int, members: list[Member]) -> Expansion:
+        """What a draw's direction is made of, for a method with ``DENSE`` tensors."""
+        raise TypeError(f"{type(self).__name__} has DENSE tensors: override _expand")
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        """How the estimated gradient is applied to a group's parameters."""
+        return rule_of(group, sign=self.run["sign"])
+
+    def _keeps_momentum(self) -> bool:
+        return any(group["momentum"] != 0.0 for group in self.param_groups)
+
+    def _next_state(self, estimate: Estimate) -> dict[str, Any]:
+        """``STATE`` after a step, a skipped one too."""
+        return estimate.state
+
+    def _replay_arguments(self) -> dict[str, Any]:
+        """The constructor's arguments that a replay needs: a trajectory's header keeps them."""
+        return {}
+
+    @classmethod
+    def _for_replay(
+        cls, params: Iterable, arguments: dict[str, Any], rounds: Sequence, **common: Any
+    ) -> "ZOOptimizer":
+        """An optimizer that follows a trajectory. Only ZOPrO has rounds."""
+        return cls(params, **arguments, **common)
+
+    def _direction_settings(self) -> dict[str, Any]:
+        """What else decides on a step's directions: a trajectory notes it where it changes."""
+        return {}
+
+    def _follow(self, settings: dict[str, Any], number: int, rounds: Sequence) -> None:
+        """Take over what was recorded by :meth:`_direction_settings` for step ``number``."""
 
     @property
     def run(self) -> dict[str, Any]:
@@ -103,10 +166,10 @@ class ZOOptimizer(Optimizer):
 
         Raises:
             ValueError: for a setting that belongs to the optimizer (``eps``, ``samples``, ``seed``,
-                ``law``, ``precision``, ``fuse_next``), a parameter that cannot be swept in place,
-                or two names with one tensor id.
+                ``law``, ``precision``, ``fuse_next``, …), a parameter that cannot be swept in
+                place, or two names with one tensor id.
         """
-        own = [key for key in (*SETTINGS, *COUNTERS) if key in param_group]
+        own = [key for key in self._run_defaults if key in param_group]
         if own:
             raise ValueError(f"{', '.join(own)} belongs to the optimizer, not to a param group")
         self.flush()
@@ -116,81 +179,60 @@ class ZOOptimizer(Optimizer):
         }
         super().add_param_group(param_group)
         try:
-            self._check_group(self.param_groups[-1], shared["precision"])
+            self._check_last_group(shared["precision"])
         except Exception:
             self.param_groups.pop()
             raise
         self.param_groups[-1].update(shared)
         for param in self.param_groups[-1]["params"]:
-            self._residual(param)
+            self._own_state(param)
+        self._versions.note(self.param_groups[-1]["params"])
 
-    def _check_group(self, group: dict, precision: str) -> None:
-        if not (_is_number(group["lr"]) and group["lr"] >= 0):
-            raise ValueError(f"lr must be at least 0, not {group['lr']!r}")
-        if not (_is_number(group["weight_decay"]) and group["weight_decay"] >= 0):
-            raise ValueError(f"weight_decay must be at least 0, not {group['weight_decay']!r}")
-        owner = type(self).__name__
-        names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-        for name, param in zip(names, group["params"], strict=True):
-            if param.dtype not in checks.PARAM_DTYPES:
-                raise TypeError(
-                    f"{owner} moves float32, bfloat16 and float16 parameters; {name} is "
-                    f"{param.dtype}"
-                )
-            if param.layout != torch.strided or not checks.is_dense(param):
-                raise ValueError(
-                    f"{owner} moves parameters in place; {name} is not dense in memory (layout "
-                    f"{param.layout}, shape {tuple(param.shape)})"
-                )
-            resolve(precision, param.dtype)
-        by_id: dict[int, str] = {}
-        for number, (name, _) in zip(self._tensor_ids(), self._named(), strict=True):
-            if by_id.setdefault(number, name) != name:
-                raise ValueError(
-                    f"{by_id[number]!r} and {name!r} have the same tensor id and would get the "
-                    "same noise: rename one (names of wrappers, such as 'module.', do not count)"
-                )
+    def _check_last_group(self, precision: str) -> None:
+        check_last_group(self.param_groups, precision, type(self).__name__)
 
-    def _named(self) -> list[tuple[str, Tensor]]:
-        """All parameters in order, with their names or, for unnamed ones, their positions."""
-        named: list[tuple[str, Tensor]] = []
-        for group in self.param_groups:
-            count = len(group["params"])
-            positions = [str(i) for i in range(len(named), len(named) + count)]
-            named += zip(group.get("param_names", positions), group["params"], strict=True)
-        return named
-
-    def _tensor_ids(self) -> list[int]:
-        if "param_names" not in self.run:
-            return list(range(len(self._named())))
-        return [tensor_id(name) for name, _ in self._named()]
-
-    def _residual(self, param: Tensor) -> Tensor | None:
-        """The residual of a parameter that moves, made when it is first wanted."""
+    def _own_state(self, param: Tensor) -> dict[str, Tensor]:
+        """What is kept beside a parameter that moves, made when it is first wanted."""
         # The entry exists even where it stays empty: torch.distributed.checkpoint takes an
         # optimizer without state for one that has not been initialised, and steps it.
         state = self.state[param]
-        if "residual" not in state and param.requires_grad:
-            residual = new_residual(param, resolve(self.run["precision"], param.dtype))
-            if residual is not None:
-                state["residual"] = residual
-        return state.get("residual")
+        if param.requires_grad and not any(key in state for key in VALUE_KEYS):
+            state.update(new_value_state(param, resolve(self.run["precision"], param.dtype)))
+        if param.requires_grad and "momentum" not in state and self._keeps_momentum():
+            state["momentum"] = torch.zeros_like(param.detach(), dtype=torch.float32)
+        return state
 
     def _members(self) -> list[Member]:
         """The parameters that move: those that are not frozen."""
         groups = [group for group in self.param_groups for _ in group["params"]]
-        return [
-            Member(param, self._residual(param), number, group)
-            for (_, param), number, group in zip(
-                self._named(), self._tensor_ids(), groups, strict=True
-            )
-            if param.requires_grad
-        ]
+        members = []
+        for (_, param), number, group in zip(
+            named(self.param_groups), tensor_ids(self.param_groups), groups, strict=True
+        ):
+            if param.requires_grad:
+                state = self._own_state(param)
+                members.append(
+                    Member(
+                        param,
+                        residual=state.get("residual"),
+                        master=state.get("master"),
+                        momentum=state.get("momentum"),
+                        dense=tuple(state[key] for key in self.DENSE),
+                        tensor_id=number,
+                        group=group,
+                    )
+                )
+        return members
 
     def _move(self, target: Coefficients, gradient: Coefficients | None = None) -> None:
-        self._displacement.move(
-            target, seed=self.run["seed"], law=self.run["law"], gradient=gradient
-        )
+        step = None if gradient is None else Step(gradient, self._rule, self.run["sign"])
+        displacement = self._displacement
+        if self.DENSE:
+            wanted = {*target, *displacement.coefficients, *(gradient or {})}
+            for draw in wanted - displacement.expansions.keys():
+                displacement.expansions[draw] = self._expand(draw, displacement.members)
+        displacement.move(target, seed=self.run["seed"], law=self.run["law"], step=step)
+        self._versions.note(member.param for member in displacement.members)
 
     def ask(self) -> Iterator[Point]:
         """Move the weights to each point at which the step wants the loss, one after the other.
@@ -199,7 +241,8 @@ class ZOOptimizer(Optimizer):
         Parameters with ``requires_grad=False`` are frozen and stand still.
 
         Raises:
-            RuntimeError: if the losses of the points before have not been told.
+            RuntimeError: if the losses of the points before have not been told, or if somebody has
+                written to weights of which the optimizer keeps a master or a residual.
         """
         if self._open is None:
             self._open = self._begin()
@@ -209,18 +252,17 @@ class ZOOptimizer(Optimizer):
         return self._visit(self._open.round)
 
     def _begin(self) -> OpenStep:
+        self._check_untouched()
         members = self._members()
         if not members:
             raise RuntimeError(
                 f"{type(self).__name__}: every parameter is frozen, nothing can move"
             )
-        moving = [member.param for member in self._displacement.members]
-        same = len(moving) == len(members) and all(
-            before is member.param for before, member in zip(moving, members, strict=True)
-        )
-        if not same:
-            self._move({})
+        if [m.identity for m in members] != [m.identity for m in self._displacement.members]:
+            self._rest()
             self._displacement.members = members
+            self._recorder.detach()
+        self._recorder.attach(self)
         return self._new_step()
 
     def _new_step(self) -> OpenStep:
@@ -229,7 +271,7 @@ class ZOOptimizer(Optimizer):
     def _visit(self, points: list[Coefficients]) -> Iterator[Point]:
         for coefficients in points:
             self._move(coefficients)
-            draws, coeffs = tuple(coefficients), tuple(coefficients.values())
+            draws, coeffs = self._displacement.directions(coefficients)
             yield Point(draws, coeffs, self.run["seed"], self.run["law"])
 
     def tell(self, losses: Sequence[Loss]) -> StepResult | None:
@@ -251,8 +293,9 @@ class ZOOptimizer(Optimizer):
             raise RuntimeError("tell follows ask: no step is open")
         if len(losses) != len(self._open.round):
             raise ValueError(f"got {len(losses)} losses for {len(self._open.round)} points")
-        values = [self._as_float(loss) for loss in losses]
-        self._warn_if_equal(values)
+        values = [as_float(loss) for loss in losses]
+        if self._equal_losses.seen(values):
+            self._warn_once("equal", EqualLosses.WARNING)
         if not all(math.isfinite(value) for value in values):
             self._warn_once(
                 "skipped",
@@ -264,26 +307,31 @@ class ZOOptimizer(Optimizer):
         return None if estimate is None else self._finish(self._open, estimate, skipped=False)
 
     def _finish(self, step: OpenStep, estimate: Estimate, *, skipped: bool) -> StepResult:
-        before = {key: self.run[key] for key in COUNTERS}
+        before = {key: self.run[key] for key in (*COUNTERS, *self.STATE)}
+        gradient = {draw: float32(g) for draw, g in estimate.gradient.items()}
         result = StepResult(
             losses=tuple(estimate.losses),
-            draws=tuple(estimate.gradient),
-            projected_gradient=tuple(estimate.gradient.values()),
+            draws=tuple(gradient),
+            projected_gradient=tuple(gradient.values()),
             skipped=skipped,
         )
         with uninterrupted():
+            self._recorder.append(self, gradient)
             self._update_run(
                 step=before["step"] + 1,
                 draws=step.next_draw,
                 skipped=before["skipped"] + skipped,
+                **self._next_state(estimate),
             )
             try:
                 next_point = self._new_step().round[0] if self.run["fuse_next"] else {}
-                self._move(next_point, None if skipped else estimate.gradient)
+                self._move(next_point, None if skipped else gradient)
             except BaseException:
                 self._update_run(**before)
+                self._recorder.withdraw()
                 self.flush()
                 raise
+            self._displacement.forget_all_but(next_point)
             self._open = None
             self.last = result
         # Learning-rate schedulers look here for whether the optimizer steps before they do.
@@ -297,7 +345,12 @@ class ZOOptimizer(Optimizer):
         Args:
             closure: computes the loss from the weights as they stand, on the same data at each
                 call, and returns it as a Python float or a float32 scalar tensor. It is called
-                several times under ``torch.no_grad()`` and calls no ``backward``.
+                several times under ``torch.no_grad()`` and calls no ``backward``. To accumulate
+                over micro-batches, let it return their mean loss.
+
+        All evaluations of a step see the same state of torch's random generators (so dropout drops
+        the same units, and the difference of losses is not its noise), unless
+        ``common_random_numbers=False``; after the step the generators stand as after one of them.
 
         Returns:
             The mean of the losses that estimate the gradient, a 0-d tensor; ``last`` holds more.
@@ -314,12 +367,19 @@ class ZOOptimizer(Optimizer):
         if self._open is not None:
             raise RuntimeError("a step is open: tell its losses first, or flush() to drop it")
         try:
-            result = None
+            result, random_state = None, None
             while result is None:
-                losses = [self._as_float(closure()) for _ in self.ask()]
+                losses = []
+                for _ in self.ask():
+                    if random_state is not None:
+                        random_state.restore()
+                    elif self.run["common_random_numbers"]:
+                        random_state = RandomState({m.param.device for m in self._members()})
+                    losses.append(as_float(closure()))
                 result = self.tell(losses)
         except BaseException:
-            self.flush()
+            self._open = None
+            self._rest()
             raise
         return torch.tensor(result.loss)
 
@@ -329,40 +389,75 @@ class ZOOptimizer(Optimizer):
         With ``fuse_next`` the weights stand displaced between steps: call it before they are
         evaluated, copied or saved (``state_dict`` calls it, the module's too where the module was
         given).
+
+        Raises:
+            RuntimeError: if somebody has written to the displaced weights; see :meth:`refresh`.
         """
+        if self._open is None and not self._displacement.at_rest:
+            self._check_untouched()
         self._open = None
+        self._rest()
+
+    def _rest(self) -> None:
         if not self._displacement.at_rest:
             self._move({})
+        self._displacement.forget_all_but({})
 
-    def _as_float(self, loss: Loss) -> float:
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1 or loss.is_complex():
-                raise TypeError(
-                    "the closure must return a scalar loss, not a tensor of shape "
-                    f"{tuple(loss.shape)} and {loss.dtype}"
-                )
-            if loss.dtype in (torch.float16, torch.bfloat16):
-                raise TypeError(
-                    f"the loss is {loss.dtype}, which rounds the difference of two losses away: "
-                    "compute it in float32, for example cross_entropy(logits.float(), labels)"
-                )
-            return float(loss)
-        if not isinstance(loss, Real) or type(loss).__name__ == "float16":
-            raise TypeError(
-                f"the closure must return a float32 scalar loss, not {type(loss).__name__}"
-            )
-        return float(loss)
+    def refresh(self) -> None:
+        """Take the parameters as they are now for the weights at rest.
 
-    def _warn_if_equal(self, values: list[float]) -> None:
-        equal = len(values) > 1 and all(value == values[0] for value in values)
-        self._equal_steps = self._equal_steps + 1 if equal else 0
-        if self._equal_steps == EQUAL_STEPS:
-            self._warn_once(
-                "equal",
-                f"the losses of {EQUAL_STEPS} steps running are equal bit for bit, so nothing is "
-                "learned: the loss may not depend on these parameters, be rounded to half "
-                "precision on its way or see a cached copy of the weights, or eps may be too small",
+        Call it after new weights were loaded into the module, or they were changed in any other
+        way than by this optimizer: what it keeps beside the parameters (masters, residuals, where
+        they stand displaced) belongs to the old ones. Momentum and counters stay.
+
+        Raises:
+            RuntimeError: if a trajectory records the run, which could not be replayed any more.
+        """
+        if self._recorder.has_begun:
+            raise RuntimeError(
+                "a trajectory records this run from its base weights; other weights need a new "
+                "optimizer with a trajectory of its own"
             )
+        self._open = None
+        self._recorder.detach()
+        self._displacement = Displacement()
+        for _, param in named(self.param_groups):
+            state = self.state[param]
+            if "master" in state:
+                state["master"].copy_(param.detach())
+            if "residual" in state:
+                state["residual"].zero_()
+            self._versions.note([param])
+
+    def _check_untouched(self) -> None:
+        """Moving on would overwrite what somebody has written to the weights, or mix the two."""
+        touched = self._touched()
+        if touched is None:
+            return
+        if self._displacement.members or not self._versions.knows(touched[1]):
+            name, _, what = touched
+            raise RuntimeError(
+                f"{name} {what}, and somebody else has written to it: call refresh() to go on from "
+                "the weights as they are now"
+            )
+        # Nothing has moved yet, so nothing belongs to the weights of before.
+        self.refresh()
+
+    def _touched(self) -> tuple[str, Tensor, str] | None:
+        """A parameter that no longer holds what the optimizer takes it to hold, and why not."""
+        for name, param in named(self.param_groups):
+            if not self._versions.changed(param):
+                continue
+            state, known = self.state[param], self._versions.knows(param)
+            master = state.get("master")
+            if known and not self._displacement.at_rest:
+                return name, param, "stands displaced between steps (fuse_next)"
+            if master is not None and not torch.equal(param, master.to(param.dtype)):
+                return name, param, "has a master in the optimizer"
+            # A residual that was loaded belongs to parameters that are loaded too.
+            if known and "residual" in state:
+                return name, param, "has a residual in the optimizer"
+        return None
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -378,26 +473,32 @@ class ZOOptimizer(Optimizer):
         """Go on where another optimizer of the same parameters stood when it gave this state.
 
         Settings (``lr``, ``eps``, ``seed``, ``precision``, …) are taken from the state, as in
-        ``torch.optim``. Residuals keep their dtype.
+        ``torch.optim``. Tensors keep their dtypes. The weights themselves are the module's to
+        load, before or after.
 
         Raises:
             ValueError: for a state of another kind of optimizer or of parameters with other names.
         """
         saved_run: dict[str, Any] = next(iter(state_dict.get("param_groups", [])), {})
-        missing = [key for key in (*SETTINGS, *COUNTERS) if key not in saved_run]
+        missing = [key for key in self._run_defaults if key not in saved_run]
         if missing:
             raise ValueError(
                 f"not a state of {type(self).__name__}: it has no {', '.join(missing)}"
             )
         self._check_names(state_dict)
-        self.flush()
+        self._open = None
+        if self._displacement.at_rest or self._touched() is None:
+            self._rest()
         super().load_state_dict(state_dict)
         # torch has cast them to the parameter's dtype.
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, (_, param) in zip(saved, self._named(), strict=True):
-            residual = state_dict["state"].get(number, {}).get("residual")
-            if residual is not None:
-                self.state[param]["residual"] = residual.to(param.device, copy=True)
+        for number, (_, param) in zip(saved, named(self.param_groups), strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[param][key] = value.to(param.device, copy=True)
+        self._displacement = Displacement()
+        self._versions.forget()
+        self._recorder.detach()
 
     def _check_names(self, state_dict: dict[str, Any]) -> None:
         for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
@@ -417,7 +518,10 @@ class ZOOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._open = None
-        self._equal_steps = 0
+        self._versions = Versions()
+        # Two optimizers cannot record one run.
+        self._recorder = Recorder(None)
+        self._equal_losses = EqualLosses()
         self._warned = set()
 
     @property
@@ -427,21 +531,6 @@ class ZOOptimizer(Optimizer):
             f"{type(self).__name__} uses no gradients, so there is nothing to scale: call "
             "optimizer.step(closure) without a GradScaler"
         )
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, Real)
-
-
-def _integer(name: str, value: int, *, at_least: int, below: int) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or not at_least <= value < below:
-        raise ValueError(
-            f"{name} must be an integer of at least {at_least} and below 2^{below.bit_length() - 1}"
-            f", not {value!r}"
-        )
-    return int(value)
 
 
 class _FlushBefore:

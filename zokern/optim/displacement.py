@@ -4,6 +4,7 @@ Restoring, moving to the next point and applying an update are the same operatio
 coefficients. That is why a step of E evaluations needs E + 1 sweeps, and E with ``fuse_next``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,92 +12,208 @@ from torch import Tensor
 
 from zokern import ops
 from zokern.optim.interrupts import uninterrupted
+from zokern.optim.rules import Rule
 
 # The coefficient of each draw's direction.
 Coefficients = dict[int, float]
-# The coefficients and the scales of a sweep, one of each for every direction.
-Row = tuple[list[float], list[float]]
+# For each member the coefficients (of the draw's noise, of each of its dense tensors) that make up
+# a draw's direction.
+Expansion = list[tuple[float, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Member:
-    """A parameter as the sweeps see it."""
+    """A parameter as the sweeps see it: where its value is kept, and what moves along with it."""
 
     param: Tensor
     residual: Tensor | None
+    master: Tensor | None
+    momentum: Tensor | None
+    dense: tuple[Tensor, ...]
     tensor_id: int
     group: dict
 
+    @property
+    def identity(self) -> tuple[int, ...]:
+        tensors = (self.param, self.residual, self.master, self.momentum, *self.dense)
+        return self.tensor_id, id(self.group), *map(id, tensors)
+
+
+@dataclass(frozen=True)
+class Step:
+    """An update of the place of rest: the estimated gradient and, by group, how it is applied."""
+
+    gradient: Coefficients
+    rule: Callable[[dict], Rule]
+    sign: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a sweep does to one member."""
+
+    coeffs: list[float]
+    scales: list[float]
+    gradient: list[float]
+    decay: float
+    step: float
+
+
+@dataclass(frozen=True)
+class Route:
+    """The draws that a sweep moves along: up to the place of rest, and from there to the target."""
+
+    before: list[int]
+    after: list[int]
+    has_masters: bool
+    accumulates: bool
+
+    @property
+    def merges(self) -> bool:
+        """Whether the value at rest is not wanted, so that one coefficient leads past it."""
+        return not self.has_masters and not self.accumulates
+
 
 class Displacement:
-    """Where weights stand: θ + Σ coefficients[draw]·z(draw), θ being their place of rest."""
+    """Where weights stand: θ + Σ coefficients[draw]·z(draw), θ being their place of rest.
+
+    z(draw) is the draw's noise, or what its expansion says; either all draws have one or none.
+    Where weights have masters these stay at rest, and the parameters alone are displaced.
+    """
 
     def __init__(self) -> None:
         self.members: list[Member] = []
         self.coefficients: Coefficients = {}
+        self.expansions: dict[int, Expansion] = {}
 
     @property
     def at_rest(self) -> bool:
         return not self.coefficients
 
-    def move(
-        self,
-        target: Coefficients,
-        *,
-        seed: int,
-        law: str,
-        gradient: Coefficients | None = None,
-    ) -> None:
-        """Go to ``target`` in one sweep, with an SGD step of the place of rest on the way.
-
-        With an estimated gradient Σ g_k·z_k, rest moves from θ to (1 - lr·wd)·θ - lr·Σ g_k·z_k,
-        lr and wd being those of each parameter's group.
-        """
-        draws = list(dict.fromkeys((*self.coefficients, *(gradient or ()), *target)))
-        groups = {id(member.group): member.group for member in self.members}
-        rows = {key: self._row(draws, target, gradient, group) for key, group in groups.items()}
-        stays = all(
-            not any(coeffs) and all(scale == 1.0 for scale in scales)
-            for coeffs, scales in rows.values()
-        )
+    def move(self, target: Coefficients, *, seed: int, law: str, step: Step | None = None) -> None:
+        """Go to ``target`` in one sweep, with a step of the place of rest on the way."""
         with uninterrupted():
-            if not stays:
-                self._sweep(draws, rows, seed=seed, law=law)
+            if step is not None or target != self.coefficients:
+                self._sweep(target, step, seed, law)
             self.coefficients = {draw: c for draw, c in target.items() if c != 0.0}
 
-    def _sweep(self, draws: list[int], rows: dict[int, Row], *, seed: int, law: str) -> None:
-        per_tensor = [rows[id(member.group)] for member in self.members]
-        alike = all(row == per_tensor[0] for row in rows.values())
+    def forget_all_but(self, kept: Coefficients) -> None:
+        """Drop the expansions of draws that will not be moved along again."""
+        self.expansions = {d: e for d, e in self.expansions.items() if d in kept}
+
+    def directions(self, target: Coefficients) -> tuple[tuple[int, ...], tuple]:
+        """A target as :class:`zokern.optim.steps.Point` has it: directions and coefficients."""
+        draws, values = list(target), list(target.values())
+        if not self.expansions:
+            return tuple(draws), tuple(values)
+        rows = (self._expand(i, draws, values) for i in range(len(self.members)))
+        return tuple(self._with_slots(draws)), tuple(tuple(row) for row in rows)
+
+    def _sweep(self, target: Coefficients, step: Step | None, seed: int, law: str) -> None:
+        groups = {id(member.group): member.group for member in self.members}
+        rules = {key: Rule() if step is None else step.rule(g) for key, g in groups.items()}
+        route = self._route(target, step, list(rules.values()))
+        rows = self._rows(route, target, step, rules)
+        stays = route.merges and not any(
+            any(row.coeffs) or any(scale != 1.0 for scale in row.scales) for row in rows
+        )
+        if stays:
+            return
+        before, after = self._with_slots(route.before), self._with_slots(route.after)
+        members = self.members
+        # Rows that are one for all members are given once.
+        alike = all(row is rows[0] for row in rows)
+        coeffs, scales, gradient = (
+            getattr(rows[0], name) if alike else [getattr(row, name) for row in rows]
+            for name in ("coeffs", "scales", "gradient")
+        )
+        update = None
+        if step is not None and route.accumulates:
+            update = ops.Update(
+                gradient,
+                [row.decay for row in rows],
+                [row.step for row in rows],
+                [m.momentum for m in members if m.momentum is not None] or None,
+                step.sign,
+            )
+        has_slots = any(draw < 0 for draw in (*before, *after))
         ops.perturb_(
-            [member.param for member in self.members],
-            draws,
-            per_tensor[0][0] if alike else [coeffs for coeffs, _ in per_tensor],
+            [member.param for member in members],
+            [*before, *after],
+            coeffs,
             seed=seed,
             law=law,
-            scales=per_tensor[0][1] if alike else [scales for _, scales in per_tensor],
-            tensor_ids=[member.tensor_id for member in self.members],
-            residuals=[member.residual for member in self.members],
+            scales=scales,
+            tensor_ids=[member.tensor_id for member in members],
+            residuals=[member.residual for member in members],
+            masters=[m.master for m in members if m.master is not None] or None,
+            dense=list(zip(*(m.dense for m in members), strict=True)) if has_slots else (),
+            rest=len(before),
+            update=update,
         )
         # A cast that autocast has kept would show the forward pass the weights of before.
         torch.clear_autocast_cache()
 
+    def _route(self, target: Coefficients, step: Step | None, rules: list[Rule]) -> Route:
+        has_masters = self.members[0].master is not None
+        accumulates = not all(rule.is_direct for rule in rules)
+        undone = () if has_masters else self.coefficients
+        gradient = () if step is None else step.gradient
+        if has_masters or accumulates:
+            return Route(list(dict.fromkeys((*undone, *gradient))), list(target),
+                         has_masters, accumulates)  # fmt: skip
+        return Route(list(dict.fromkeys((*undone, *gradient, *target))), [],
+                     has_masters, accumulates)  # fmt: skip
+
+    def _rows(
+        self, route: Route, target: Coefficients, step: Step | None, rules: dict[int, Rule]
+    ) -> list[Row]:
+        """A row for each member; where directions are noise alone, one for each group."""
+        by_group: dict[int, Row] = {}
+        rows = []
+        for i, member in enumerate(self.members):
+            key = id(member.group)
+            row = None if self.expansions else by_group.get(key)
+            if row is None:
+                row = by_group[key] = self._row(i, route, target, step, rules[key])
+            rows.append(row)
+        return rows
+
     def _row(
-        self,
-        draws: list[int],
-        target: Coefficients,
-        gradient: Coefficients | None,
-        group: dict,
+        self, i: int, route: Route, target: Coefficients, step: Step | None, rule: Rule
     ) -> Row:
-        """The coefficients and scales of the sweep for a group's parameters."""
-        lr = float(group["lr"])
-        scale = 1.0 if gradient is None else 1.0 - lr * group["weight_decay"]
-        step = lr if group["maximize"] else -lr
-        updates = gradient or {}
+        gradient = {} if step is None else step.gradient
+        current = {} if route.has_masters else self.coefficients
         coeffs = [
-            target.get(draw, 0.0)
-            - scale * self.coefficients.get(draw, 0.0)
-            + step * updates.get(draw, 0.0)
-            for draw in draws
+            (target.get(draw, 0.0) if route.merges else 0.0)
+            - rule.scale * current.get(draw, 0.0)
+            + rule.direct * gradient.get(draw, 0.0)
+            for draw in route.before
         ]
-        # The weights are scaled as they stand, displacement and all, before the first direction.
-        return coeffs, [scale, *[1.0] * (len(draws) - 1)][: len(draws)]
+        inflow = [rule.inflow * gradient.get(draw, 0.0) for draw in route.before]
+        moves = self._expand(i, route.after, [target[draw] for draw in route.after])
+        coeffs = self._expand(i, route.before, coeffs)
+        return Row(
+            coeffs=coeffs + moves,
+            # The weights are scaled as they stand, before the first direction.
+            scales=[rule.scale, *[1.0] * (len(coeffs) - 1)][: len(coeffs)] + [1.0] * len(moves),
+            gradient=self._expand(i, route.before, inflow) + [0.0] * len(moves),
+            decay=rule.decay,
+            step=rule.step,
+        )
+
+    def _with_slots(self, draws: list[int]) -> list[int]:
+        """Draws and the dense directions that their expansions are made of."""
+        if not draws or not self.expansions:
+            return draws
+        return [*draws, *(~j for j in range(len(self.members[0].dense)))]
+
+    def _expand(self, i: int, draws: list[int], coeffs: list[float]) -> list[float]:
+        """Coefficients of z(draws) as those of :meth:`_with_slots`, for member i."""
+        if not draws or not self.expansions:
+            return coeffs
+        parts = [
+            [c * x for x in self.expansions[draw][i]] for draw, c in zip(draws, coeffs, strict=True)
+        ]
+        slots = range(1, 1 + len(self.members[0].dense))
+        return [part[0] for part in parts] + [sum(part[j] for part in parts) for j in slots]

@@ -1,10 +1,7 @@
 """MeZO: Malladi et al., Fine-Tuning Language Models with Just Forward Passes, arXiv 2305.17333."""
 
-from collections.abc import Iterable
-
-from torch import Tensor, nn
-
 from zokern.optim.base import ZOOptimizer
+from zokern.optim.estimates import pairs, two_sided
 from zokern.optim.steps import Estimate, Method, OpenStep
 
 
@@ -15,8 +12,8 @@ class MeZO(ZOOptimizer):
 
     .. math::
         g_k &= \frac{L(\theta + \varepsilon z_k) - L(\theta - \varepsilon z_k)}{2 \varepsilon} \\
-        \theta &\leftarrow (1 - \mathrm{lr} \cdot \mathrm{wd}) \, \theta
-                - \frac{\mathrm{lr}}{q} \sum_{k=1}^{q} g_k z_k
+        \hat g &= \frac{1}{q} \sum_{k=1}^{q} g_k z_k \\
+        \theta &\leftarrow (1 - \mathrm{lr} \cdot \mathrm{wd}) \, \theta - \mathrm{lr} \, \hat g
 
     A step sweeps the weights 2q + 1 times, 2q times with ``fuse_next``. Direction k of step t is
     draw t·q + k. The result is the same bits on every backend.
@@ -24,20 +21,29 @@ class MeZO(ZOOptimizer):
     Args:
         params: as ``torch.optim`` takes them. Give ``model.named_parameters()`` (or groups of it,
             see :func:`zokern.param_groups`): a named weight's noise depends on its name and the
-            seed alone, not on groups or on what is frozen. float32, bfloat16, float16.
-        lr: learning rate; a float or a scalar tensor.
+            seed alone, not on groups or on what is frozen. float32, bfloat16, float16; those with
+            ``requires_grad=False`` stand still.
+        lr: learning rate; a float or a scalar tensor. Used in float32.
         eps: ε, the size of the perturbation.
         weight_decay: wd, decoupled.
+        momentum: μ, at least 0 and below 1: m ← μ·m + ĝ, and m takes the place of ĝ. Kept in
+            float32 (4 bytes a parameter), updated in the same sweep as the weights.
+        sign: step by the sign of ĝ (or of m): θ ← (1 - lr·wd)·θ - lr·sign(ĝ).
         samples: q, directions a step.
         seed: of the run, below 2^64; None takes one from torch's generator.
         law: ``gauss16``, ``gauss32``, ``rademacher`` or ``normal``; see :mod:`zokern.noise`.
-        precision: how half-precision weights are kept. ``inplace``: 2 bytes, loses updates below
-            half an ulp. ``split8``: 3 bytes (bfloat16 only). ``split``: 4 bytes, as exact as
-            float32. ``auto``: ``split``. float32 weights are always ``inplace``.
+        precision: how weights are kept. ``inplace``: the parameter alone; half precision loses
+            updates below half an ulp. ``split8``: 1 byte more (bfloat16 only). ``split``: 2 bytes
+            more, as exact as float32. ``master``: a float32 master, 4 bytes more; evaluations write
+            only the parameter, so the weights come back bit for bit. ``auto``: ``split`` for half
+            precision, ``inplace`` for float32, which has no residual.
         fuse_next: merge the update with the first move of the next step. The weights then stand
             displaced between steps; :meth:`flush` brings them to rest.
         maximize: maximize the loss.
+        common_random_numbers: evaluate all points of a step under the same state of torch's random
+            generators; see :meth:`step`.
         module: whose ``state_dict`` flushes first.
+        trajectory: a :class:`zokern.Trajectory` that records each step.
 
     Example::
 
@@ -49,41 +55,8 @@ class MeZO(ZOOptimizer):
             place, naming it.
     """
 
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float | Tensor,
-        eps: float = 1e-3,
-        *,
-        weight_decay: float = 0.0,
-        samples: int = 1,
-        seed: int | None = None,
-        law: str = "gauss16",
-        precision: str = "auto",
-        fuse_next: bool = False,
-        maximize: bool = False,
-        module: nn.Module | None = None,
-    ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            eps=eps,
-            weight_decay=weight_decay,
-            samples=samples,
-            seed=seed,
-            law=law,
-            precision=precision,
-            fuse_next=fuse_next,
-            maximize=maximize,
-            module=module,
-        )
-
     def _method(self, step: OpenStep) -> Method:
         eps = self.run["eps"]
-        draws = step.take_draws(self.run["samples"])
-        losses = yield [{draw: sign * eps} for draw in draws for sign in (1, -1)]
-        gradient = {
-            draw: (plus - minus) / (2 * eps) / len(draws)
-            for draw, plus, minus in zip(draws, losses[0::2], losses[1::2], strict=True)
-        }
-        return Estimate(gradient, losses)
+        directions = [{draw: 1.0} for draw in step.take_draws(self.run["samples"])]
+        losses = yield pairs(directions, eps)
+        return Estimate(two_sided(directions, losses, eps), losses)

@@ -5,7 +5,10 @@ import logging
 import torch
 from torch import Tensor
 
-PRECISIONS = ("auto", "inplace", "split8", "split")
+PRECISIONS = ("auto", "inplace", "split8", "split", "master")
+
+# Where in an optimizer's state a parameter's value goes on.
+VALUE_KEYS = ("residual", "master")
 
 logger = logging.getLogger("zokern")
 
@@ -13,8 +16,11 @@ logger = logging.getLogger("zokern")
 def resolve(precision: str, dtype: torch.dtype) -> str:
     """The storage of a parameter of this dtype, under an optimizer's ``precision``.
 
-    float32 parameters are always swept in place. ``auto`` is ``split`` for half precision.
+    float32 parameters have no residuals: they are swept in place, or have a master like others.
+    ``auto`` is ``split`` for half precision.
     """
+    if precision == "master":
+        return "master"
     if dtype == torch.float32 or precision == "inplace":
         return "inplace"
     if precision == "split8" and dtype != torch.bfloat16:
@@ -24,19 +30,23 @@ def resolve(precision: str, dtype: torch.dtype) -> str:
     return "split" if precision == "auto" else precision
 
 
-def new_residual(param: Tensor, storage: str) -> Tensor | None:
-    """The residual of a parameter whose value is, so far, exactly the parameter."""
+def new_value_state(param: Tensor, storage: str) -> dict[str, Tensor]:
+    """What keeps the value beside a parameter that is, so far, exactly that value."""
+    param = param.detach()
     if storage == "inplace":
-        return None
+        return {}
+    if storage == "master":
+        return {"master": param.to(torch.float32, copy=True)}
     if param.dtype == torch.float16:
-        return torch.zeros_like(param)
-    return torch.zeros_like(param, dtype=torch.int8 if storage == "split8" else torch.int16)
+        return {"residual": torch.zeros_like(param)}
+    dtype = torch.int8 if storage == "split8" else torch.int16
+    return {"residual": torch.zeros_like(param, dtype=dtype)}
 
 
-def log_memory(owner: str, precision: str, params: list[Tensor], residuals: list[Tensor]) -> None:
+def log_memory(owner: str, precision: str, params: list[Tensor], state: list[Tensor]) -> None:
     """One line that says what the choice of precision costs."""
     numel = sum(param.numel() for param in params)
-    extra = sum(residual.numel() * residual.element_size() for residual in residuals)
+    extra = sum(tensor.numel() * tensor.element_size() for tensor in state)
     per_param = extra / numel if numel else 0.0
     logger.info(
         "%s: precision=%r adds %.2f bytes per parameter (%.1f MB for %d parameters)",

@@ -1,7 +1,8 @@
 """A zeroth-order step: its points, its estimate, and the generator that a method writes it as."""
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from zokern.optim.displacement import Coefficients
 
@@ -10,21 +11,33 @@ from zokern.optim.displacement import Coefficients
 class Point:
     """A place to evaluate the loss: θ + Σ coeffs[k]·z(draws[k]).
 
-    Whoever holds the same weights at rest can move there with :func:`zokern.ops.perturb_`.
+    Whoever holds the same weights at rest can move there with :func:`zokern.ops.perturb_`, which
+    takes all of these.
+
+    Attributes:
+        draws: the directions; ~j stands for the method's dense direction j (ZOPrO: 0 is the
+            previous update, 1 the reward delta).
+        coeffs: a number for each direction or, where they differ from parameter to parameter
+            (ZOPrO), a row of them for each.
+        seed, law: of the noise.
     """
 
     draws: tuple[int, ...]
-    coeffs: tuple[float, ...]
+    coeffs: tuple
     seed: int
     law: str
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimated gradient, Σ gradient[draw]·z(draw), and the losses that it was made of."""
+    """An estimated gradient, Σ gradient[draw]·z(draw), and the losses that it was made of.
+
+    ``state`` holds what the method remembers for the next step, by the names of its ``STATE``.
+    """
 
     gradient: Coefficients
     losses: Sequence[float]
+    state: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,7 @@ class StepResult:
     Attributes:
         losses: those that estimate the gradient, in the order of evaluation.
         draws: of the directions of the estimate.
-        projected_gradient: for each draw its coefficient: the estimated gradient is
+        projected_gradient: for each draw its coefficient, in float32: the estimated gradient is
             Σ projected_gradient[k]·z(draws[k]).
         skipped: whether a loss was not finite, so that the weights were not updated.
     """

@@ -1,0 +1,64 @@
+"""The parameters of param groups: their names, ids and what makes them fit to be moved."""
+
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zokern import checks
+from zokern.laws import tensor_id
+from zokern.optim.precision import resolve
+
+Groups = list[dict[str, Any]]
+
+
+def named(groups: Groups) -> list[tuple[str, Tensor]]:
+    """All parameters in order, with their names or, for unnamed ones, their positions."""
+    result: list[tuple[str, Tensor]] = []
+    for group in groups:
+        count = len(group["params"])
+        positions = [str(i) for i in range(len(result), len(result) + count)]
+        result += zip(group.get("param_names", positions), group["params"], strict=True)
+    return result
+
+
+def tensor_ids(groups: Groups) -> list[int]:
+    if "param_names" not in groups[0]:
+        return list(range(len(named(groups))))
+    return [tensor_id(name) for name, _ in named(groups)]
+
+
+def check_last_group(groups: Groups, precision: str, owner: str) -> None:
+    """Raises TypeError or ValueError, naming what is wrong, if the last group cannot join."""
+    group = groups[-1]
+    for key in ("lr", "weight_decay"):
+        if not (is_number(group[key]) and group[key] >= 0):
+            raise ValueError(f"{key} must be at least 0, not {group[key]!r}")
+    if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
+        raise ValueError(f"momentum must be at least 0 and below 1, not {group['momentum']!r}")
+    names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+    for name, param in zip(names, group["params"], strict=True):
+        if param.dtype not in checks.PARAM_DTYPES:
+            raise TypeError(
+                f"{owner} moves float32, bfloat16 and float16 parameters; {name} is {param.dtype}"
+            )
+        if param.layout != torch.strided or not checks.is_dense(param):
+            raise ValueError(
+                f"{owner} moves parameters in place; {name} is not dense in memory (layout "
+                f"{param.layout}, shape {tuple(param.shape)})"
+            )
+        resolve(precision, param.dtype)
+    by_id: dict[int, str] = {}
+    for number, (name, _) in zip(tensor_ids(groups), named(groups), strict=True):
+        if by_id.setdefault(number, name) != name:
+            raise ValueError(
+                f"{by_id[number]!r} and {name!r} have the same tensor id and would get the same "
+                "noise: rename one (names of wrappers, such as 'module.', do not count)"
+            )
+
+
+def is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, Real)

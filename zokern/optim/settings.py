@@ -1,0 +1,63 @@
+"""What belongs to a whole run: kept in every param group, where state_dict and pickling find it."""
+
+from numbers import Integral
+from typing import Any
+
+import torch
+
+from zokern.laws import LAWS
+from zokern.optim.parameters import is_number
+from zokern.optim.precision import PRECISIONS
+
+COUNTERS = ("step", "draws", "skipped")
+
+# eps is used in float32, where smaller and larger ones become 0 and infinity.
+MIN_EPS, MAX_EPS = 2.0**-126, 2.0**126
+
+
+def run_settings(
+    *,
+    eps: float,
+    samples: int,
+    seed: int | None,
+    law: str,
+    precision: str,
+    fuse_next: bool,
+    sign: bool,
+    common_random_numbers: bool,
+) -> dict[str, Any]:
+    """The settings that all methods share, checked, and the run's counters.
+
+    Raises:
+        ValueError: for one that is out of range.
+    """
+    if not (is_number(eps) and MIN_EPS <= eps <= MAX_EPS):
+        raise ValueError(f"eps must be positive and finite in float32, not {eps!r}")
+    directions = [name for name, entry in LAWS.items() if entry.is_direction]
+    if law not in directions:
+        raise ValueError(f"law must be one of {', '.join(directions)}, not {law!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    if seed is None:
+        # From torch's generator, so that torch.manual_seed governs runs.
+        seed = int(torch.randint(-(1 << 63), (1 << 63) - 1, ())) % (1 << 64)
+    return {
+        "eps": float(eps),
+        "samples": integer("samples", samples, at_least=1, below=1 << 32),
+        "seed": integer("seed", seed, at_least=0, below=1 << 64),
+        "law": law,
+        "precision": precision,
+        "fuse_next": bool(fuse_next),
+        "sign": bool(sign),
+        "common_random_numbers": bool(common_random_numbers),
+        **dict.fromkeys(COUNTERS, 0),
+    }
+
+
+def integer(name: str, value: int, *, at_least: int, below: int) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not at_least <= value < below:
+        raise ValueError(
+            f"{name} must be an integer of at least {at_least} and below 2^{below.bit_length() - 1}"
+            f", not {value!r}"
+        )
+    return int(value)

@@ -1,0 +1,32 @@
+"""Notices when somebody else writes to weights, by torch's version counters."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+class Versions:
+    """The versions of parameters when the optimizer last knew what they held."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, int] = {}
+
+    def note(self, params: Iterable[Tensor]) -> None:
+        """They hold what the optimizer has written, or has just been given."""
+        self._known.update((id(param), _version(param)) for param in params)
+
+    def forget(self) -> None:
+        """Their content may be anybody's."""
+        self._known.clear()
+
+    def knows(self, param: Tensor) -> bool:
+        return id(param) in self._known
+
+    def changed(self, param: Tensor) -> bool:
+        """Whether it was written to since it was noted, or never noted."""
+        return self._known.get(id(param)) != _version(param)
+
+
+def _version(param: Tensor) -> int:
+    # Inference tensors count no versions.
+    return -1 if param.is_inference() else param._version

@@ -1,0 +1,228 @@
+"""Rebuilds trained weights from base weights and a trajectory."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zokern import ops
+from zokern.laws import canonical_name
+from zokern.optim.base import ZOOptimizer
+from zokern.optim.displacement import Member
+from zokern.progress import progress_bar
+from zokern.trajectory import Record, Trajectory, TrajectoryError, check_run, describe_tensor
+
+Weights = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Tensor]
+Round = tuple[Mapping, Mapping]
+
+# Directions in a sweep: reading and writing the weights is then a small part of its work.
+DIRECTIONS = 128
+# Half-precision weights have a float32 master while they are replayed: this many at a time.
+ELEMENTS = 1 << 28
+
+
+@torch.no_grad()
+def replay(
+    weights: Weights,
+    trajectory: Trajectory | str | os.PathLike,
+    *,
+    rounds: Sequence[Round] = (),
+    progress: bool = False,
+) -> None:
+    """Turn base weights into the trained ones, in place, many steps a sweep, on any backend.
+
+    Bit for bit the weights of a run under ``precision="master"``. A run that displaced its weights
+    in place has rounded on the way: then the result agrees to float32 rounding (float32 weights,
+    ``split``), or to the rounding of the parameters (``split8``, ``inplace``).
+
+    Args:
+        weights: the base: a module, a state dict, (name, tensor) pairs, or tensors in order for a
+            run whose parameters had no names. Weights that the run did not train are left alone.
+        trajectory: of the run, or its file.
+        rounds: for ZOPrO, the ``(previous_update, reward_delta)`` of each round.
+        progress: show a progress bar.
+
+    Raises:
+        TrajectoryError: if the trajectory is of another run than these weights and rounds, naming
+            the field, before anything is written.
+    """
+    if not isinstance(trajectory, Trajectory):
+        trajectory = Trajectory.load(trajectory)
+    if trajectory.header is None:
+        return
+    tensors = _recorded_tensors(weights, trajectory.header)
+    method = _method(trajectory.header)
+    chunks = list(_chunks(tensors)) if not method.DENSE else [list(range(len(tensors)))]
+    with progress_bar(len(chunks) * len(trajectory), "replay", "step", shown=progress) as advance:
+        for chunk in chunks:
+            _Replay(method, trajectory, tensors, chunk, rounds).run(advance)
+
+
+class _Replay:
+    """The optimizer of a run over some of its tensors, given estimates instead of losses."""
+
+    def __init__(
+        self,
+        method: type[ZOOptimizer],
+        trajectory: Trajectory,
+        tensors: list[Tensor],
+        chunk: list[int],
+        rounds: Sequence[Round],
+    ) -> None:
+        header = trajectory.header
+        assert header is not None
+        recorded = [header["tensors"][i] for i in chunk]
+        groups: list[dict[str, Any]] = [{"params": []} for _ in range(header["groups"])]
+        for i, entry in zip(chunk, recorded, strict=True):
+            param = tensors[i].detach().requires_grad_()
+            groups[entry["group"]]["params"].append(
+                (entry["name"], param) if header["named"] else param
+            )
+        self._kept = [g for g, group in enumerate(groups) if group["params"]]
+        half = any(tensors[i].dtype != torch.float32 for i in chunk)
+        self._trajectory = trajectory
+        self._first_step = header["first_step"]
+        self._rounds = rounds
+        self._optimizer = method._for_replay(
+            [groups[g] for g in self._kept],
+            header["arguments"],
+            rounds,
+            lr=0.0,
+            seed=header["seed"],
+            law=header["law"],
+            sign=header["sign"],
+            precision="master" if half else "inplace",
+        )
+        self._ids = [entry["id"] for entry in recorded]
+        self._batch: list[tuple[Record, list[Any]]] = []
+        # Rounds that do not fit are found before anything is written.
+        for number, settings in self._changes():
+            self._optimizer._follow(settings, number, rounds)
+
+    def _changes(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        last = None
+        for number, (_, settings) in enumerate(self._trajectory, self._first_step):
+            if settings is not last:
+                yield number, settings
+            last = settings
+
+    def run(self, advance: Callable[[int], None]) -> None:
+        settings: dict[str, Any] = {}
+        for number, (record, current) in enumerate(self._trajectory, self._first_step):
+            if current is not settings:
+                self._flush()
+                settings = current
+                for g, group in zip(self._kept, self._optimizer.param_groups, strict=True):
+                    group.update(settings["groups"][g])
+            self._optimizer._follow(settings, number, self._rounds)
+            if record.draws:
+                self._step(record)
+            advance(1)
+        self._flush()
+
+    def _step(self, record: Record) -> None:
+        optimizer = self._optimizer
+        for g, group in zip(self._kept, optimizer.param_groups, strict=True):
+            group["lr"] = record.lrs[g]
+        rules = [optimizer._rule(group) for group in optimizer.param_groups]
+        if optimizer.DENSE or not all(rule.is_direct for rule in rules):
+            optimizer._displacement.members = self._members()
+            optimizer._move({}, dict(zip(record.draws, record.gradient, strict=True)))
+            optimizer._displacement.forget_all_but({})
+            return
+        self._batch.append((record, rules))
+        if sum(len(record.draws) for record, _ in self._batch) >= DIRECTIONS:
+            self._flush()
+
+    def _members(self) -> list[Member]:
+        members = self._optimizer._members()
+        return [replace(m, tensor_id=n) for m, n in zip(members, self._ids, strict=True)]
+
+    def _flush(self) -> None:
+        """Make the steps that wait in one sweep: each scales the weights, then moves them."""
+        if not self._batch:
+            return
+        members, run = self._members(), self._optimizer.run
+        rows = []
+        for g in range(len(self._optimizer.param_groups)):
+            coeffs, scales = [], []
+            for record, rules in self._batch:
+                coeffs += [rules[g].direct * c for c in record.gradient]
+                scales += [rules[g].scale, *[1.0] * (len(record.draws) - 1)]
+            rows.append((coeffs, scales))
+        which = {id(group): g for g, group in enumerate(self._optimizer.param_groups)}
+        own = [rows[which[id(member.group)]] for member in members]
+        ops.perturb_(
+            [member.param for member in members],
+            [draw for record, _ in self._batch for draw in record.draws],
+            [coeffs for coeffs, _ in own],
+            scales=[scales for _, scales in own],
+            seed=run["seed"],
+            law=run["law"],
+            tensor_ids=[member.tensor_id for member in members],
+            masters=[m.master for m in members if m.master is not None] or None,
+        )
+        self._batch.clear()
+
+
+def _recorded_tensors(weights: Weights, header: dict[str, Any]) -> list[Tensor]:
+    """The tensors that the run trained, in its order, checked against the header."""
+    if isinstance(weights, nn.Module):
+        weights = dict(weights.named_parameters())
+    given: list[Any] = list(weights.items() if isinstance(weights, Mapping) else weights)
+    recorded = header["tensors"]
+    if given and isinstance(given[0], tuple):
+        by_name = {canonical_name(name): tensor for name, tensor in given}
+    elif header["named"]:
+        raise TrajectoryError("the run's parameters have names: give them with the weights")
+    else:
+        by_name = {str(i): tensor for i, tensor in enumerate(given)}
+    missing = [t["name"] for t in recorded if canonical_name(t["name"]) not in by_name]
+    if missing:
+        raise TrajectoryError(
+            f"the trajectory is of another run: there are no weights for its {missing}"
+        )
+    tensors = [by_name[canonical_name(entry["name"])] for entry in recorded]
+    own = [
+        describe_tensor(entry["name"], entry["id"], entry["group"], tensor)
+        for entry, tensor in zip(recorded, tensors, strict=True)
+    ]
+    check_run(header, {"tensors": own})
+    for entry, mine in zip(recorded, own, strict=True):
+        if entry["checksum"] != mine["checksum"]:
+            raise TrajectoryError(
+                f"the trajectory is of another run: the checksum of {entry['name']} differs, so "
+                "these are not the weights that it began with"
+            )
+    return tensors
+
+
+def _method(header: dict[str, Any]) -> type[ZOOptimizer]:
+    """The class that makes the run's directions and applies its estimates."""
+    classes = {"ZOOptimizer": ZOOptimizer}
+    waiting: list[type[ZOOptimizer]] = [ZOOptimizer]
+    while waiting:
+        subclasses = waiting.pop().__subclasses__()
+        classes |= {cls.__name__: cls for cls in subclasses}
+        waiting += subclasses
+    if header["method"] not in classes:
+        raise TrajectoryError(
+            f"the trajectory is of the method {header['method']!r}: import it before the replay"
+        )
+    return classes[header["method"]]
+
+
+def _chunks(tensors: list[Tensor]) -> Iterator[list[int]]:
+    chunk: list[int] = []
+    numel = 0
+    for i, tensor in enumerate(tensors):
+        if chunk and numel + tensor.numel() > ELEMENTS:
+            yield chunk
+            chunk, numel = [], 0
+        chunk.append(i)
+        numel += tensor.numel()
+    if chunk:
+        yield chunk
