@@ -1,13 +1,17 @@
-"""``python -m zokern``: what is installed, which backends run here, and why others do not."""
+"""``python -m zokern``: what is installed and runs here. ``replay``: a trained checkpoint."""
 
+import argparse
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 import zokern
 from zokern import backends
+from zokern.checkpoints import rewritten
+from zokern.trajectory import Trajectory, TrajectoryError
 
 
 def _version(package: str) -> str:
@@ -55,11 +59,44 @@ def report() -> str:
     return "\n".join(f"{label:<{width}}{value}" for label, value in rows)
 
 
+def _replay(arguments: argparse.Namespace) -> None:
+    trajectory = Trajectory.load(arguments.run, allow_truncated=arguments.allow_truncated)
+    if trajectory.header is not None and not trajectory.header["named"]:
+        raise TrajectoryError(
+            f"{arguments.run} records parameters without names, which a checkpoint cannot be "
+            "matched with: use zokern.replay"
+        )
+    with rewritten(arguments.base, arguments.out) as tensors:
+        zokern.replay(tensors, trajectory, device=arguments.device, progress=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m zokern", description=__doc__)
+    commands = parser.add_subparsers(title="commands")
+    replay = commands.add_parser(
+        "replay",
+        help="rebuild trained weights from base weights and a trajectory",
+        description="Rebuild trained weights from base weights and a trajectory. The output is "
+        "written beside its place and moved there at the end.",
+    )
+    replay.add_argument("base", type=Path, help="a safetensors file, or a folder of shards")
+    replay.add_argument("run", type=Path, help="the trajectory's file")
+    replay.add_argument("--out", type=Path, required=True, help="the new file or folder")
+    replay.add_argument("--device", help="where the kernels run, such as cuda; cpu by default")
+    replay.add_argument(
+        "--allow-truncated", action="store_true", help="take the whole steps of a run cut off"
+    )
+    replay.set_defaults(command=_replay)
+    parser.set_defaults(command=lambda arguments: print(report()))
+    return parser
+
+
 def main() -> None:
+    arguments = _parser().parse_args()
     try:
-        print(report())
-    except (RuntimeError, ValueError) as error:
-        # An environment variable asks for what cannot be had.
+        arguments.command(arguments)
+    except (OSError, RuntimeError, ValueError) as error:
+        # Bad files, and environment variables that ask for what cannot be had.
         sys.exit(f"zokern: {error}")
 
 

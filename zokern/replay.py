@@ -30,6 +30,7 @@ def replay(
     trajectory: Trajectory | str | os.PathLike,
     *,
     rounds: Sequence[Round] = (),
+    device: torch.device | str | None = None,
     progress: bool = False,
 ) -> None:
     """Turn base weights into the trained ones, in place, many steps a sweep, on any backend.
@@ -43,6 +44,8 @@ def replay(
             run whose parameters had no names. Weights that the run did not train are left alone.
         trajectory: of the run, or its file.
         rounds: for ZOPrO, the ``(previous_update, reward_delta)`` of each round.
+        device: where the kernels run; where the weights are by default. What lies elsewhere is
+            copied there and back.
         progress: show a progress bar.
 
     Raises:
@@ -58,11 +61,15 @@ def replay(
     chunks = list(_chunks(tensors)) if not method.DENSE else [list(range(len(tensors)))]
     with progress_bar(len(chunks) * len(trajectory), "replay", "step", shown=progress) as advance:
         for chunk in chunks:
-            _Replay(method, trajectory, tensors, chunk, rounds).run(advance)
+            there = [tensors[i].to(device or tensors[i].device) for i in chunk]
+            _Replay(method, trajectory, there, chunk, rounds).run(advance)
+            for i, tensor in zip(chunk, there, strict=True):
+                if tensor is not tensors[i]:
+                    tensors[i].copy_(tensor)
 
 
 class _Replay:
-    """The optimizer of a run over some of its tensors, given estimates instead of losses."""
+    """The optimizer of a run over a chunk of its tensors, given estimates instead of losses."""
 
     def __init__(
         self,
@@ -76,13 +83,13 @@ class _Replay:
         assert header is not None
         recorded = [header["tensors"][i] for i in chunk]
         groups: list[dict[str, Any]] = [{"params": []} for _ in range(header["groups"])]
-        for i, entry in zip(chunk, recorded, strict=True):
-            param = tensors[i].detach().requires_grad_()
+        for tensor, entry in zip(tensors, recorded, strict=True):
+            param = tensor.detach().requires_grad_()
             groups[entry["group"]]["params"].append(
                 (entry["name"], param) if header["named"] else param
             )
         self._kept = [g for g, group in enumerate(groups) if group["params"]]
-        half = any(tensors[i].dtype != torch.float32 for i in chunk)
+        half = any(tensor.dtype != torch.float32 for tensor in tensors)
         self._trajectory = trajectory
         self._first_step = header["first_step"]
         self._rounds = rounds

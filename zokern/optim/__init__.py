@@ -8,14 +8,17 @@ from zokern.optim.groups import param_groups
 from zokern.optim.mezo import MeZO
 from zokern.optim.mezo_greedy import MeZOGreedy
 from zokern.optim.mezo_gv import MeZOGV
+from zokern.optim.steps import Estimate, Move
 from zokern.optim.zopro import ZOPrO
 
 __all__ = [
     "FZOO",
     "ConMeZO",
+    "Estimate",
     "MeZO",
     "MeZOGV",
     "MeZOGreedy",
+    "Move",
     "ZOOptimizer",
     "ZOPrO",
     "param_groups",

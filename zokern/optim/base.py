@@ -20,7 +20,7 @@ from zokern.optim.randomness import RandomState
 from zokern.optim.recording import Recorder
 from zokern.optim.rules import Rule, float32, rule_of
 from zokern.optim.settings import COUNTERS, run_settings
-from zokern.optim.steps import Estimate, Method, OpenStep, Point, StepResult
+from zokern.optim.steps import Estimate, Method, Move, OpenStep, StepResult
 from zokern.optim.versions import Versions
 from zokern.trajectory import Trajectory
 
@@ -177,7 +177,8 @@ class ZOOptimizer(Optimizer):
             key: self.run[key] if self.param_groups else value
             for key, value in self._run_defaults.items()
         }
-        super().add_param_group(param_group)
+        # torch would write its defaults into the caller's dict.
+        super().add_param_group(dict(param_group))
         try:
             self._check_last_group(shared["precision"])
         except Exception:
@@ -224,8 +225,11 @@ class ZOOptimizer(Optimizer):
                 )
         return members
 
+    def _as_step(self, gradient: Coefficients) -> Step:
+        return Step(gradient, self._rule, self.run["sign"])
+
     def _move(self, target: Coefficients, gradient: Coefficients | None = None) -> None:
-        step = None if gradient is None else Step(gradient, self._rule, self.run["sign"])
+        step = None if gradient is None else self._as_step(gradient)
         displacement = self._displacement
         if self.DENSE:
             wanted = {*target, *displacement.coefficients, *(gradient or {})}
@@ -234,7 +238,7 @@ class ZOOptimizer(Optimizer):
         displacement.move(target, seed=self.run["seed"], law=self.run["law"], step=step)
         self._versions.note(member.param for member in displacement.members)
 
-    def ask(self) -> Iterator[Point]:
+    def ask(self) -> Iterator[Move]:
         """Move the weights to each point at which the step wants the loss, one after the other.
 
         Follow it by :meth:`tell` with a loss for each point, or by :meth:`flush` to drop the step.
@@ -268,11 +272,12 @@ class ZOOptimizer(Optimizer):
     def _new_step(self) -> OpenStep:
         return OpenStep(self._method, self.run["draws"])
 
-    def _visit(self, points: list[Coefficients]) -> Iterator[Point]:
+    def _visit(self, points: list[Coefficients]) -> Iterator[Move]:
         for coefficients in points:
             self._move(coefficients)
-            draws, coeffs = self._displacement.directions(coefficients)
-            yield Point(draws, coeffs, self.run["seed"], self.run["law"])
+            made = self._displacement.from_rest(coefficients)
+            assert made is not None
+            yield Move(*made, self.run["seed"], self.run["law"])
 
     def tell(self, losses: Sequence[Loss]) -> StepResult | None:
         """Take the losses of the points that :meth:`ask` gave, in their order, and update.
@@ -309,11 +314,15 @@ class ZOOptimizer(Optimizer):
     def _finish(self, step: OpenStep, estimate: Estimate, *, skipped: bool) -> StepResult:
         before = {key: self.run[key] for key in (*COUNTERS, *self.STATE)}
         gradient = {draw: float32(g) for draw, g in estimate.gradient.items()}
+        made = None
+        if not skipped:
+            made = self._displacement.from_rest({}, self._as_step(gradient))
         result = StepResult(
             losses=tuple(estimate.losses),
             draws=tuple(gradient),
             projected_gradient=tuple(gradient.values()),
             skipped=skipped,
+            update=None if made is None else Move(*made, self.run["seed"], self.run["law"]),
         )
         with uninterrupted():
             self._recorder.append(self, gradient)

@@ -101,13 +101,28 @@ class Displacement:
         """Drop the expansions of draws that will not be moved along again."""
         self.expansions = {d: e for d, e in self.expansions.items() if d in kept}
 
-    def directions(self, target: Coefficients) -> tuple[tuple[int, ...], tuple]:
-        """A target as :class:`zokern.optim.steps.Point` has it: directions and coefficients."""
+    def from_rest(
+        self, target: Coefficients, step: Step | None = None
+    ) -> tuple[tuple[int, ...], tuple, tuple | None] | None:
+        """Directions, coefficients and scales of the move from rest to a target, or by a step.
+
+        None where momentum or sign take more than that.
+        """
+        rules = {} if step is None else {id(m.group): step.rule(m.group) for m in self.members}
+        if not all(rule.is_direct for rule in rules.values()):
+            return None
+        target = target if step is None else step.gradient
         draws, values = list(target), list(target.values())
-        if not self.expansions:
-            return tuple(draws), tuple(values)
-        rows = (self._expand(i, draws, values) for i in range(len(self.members)))
-        return tuple(self._with_slots(draws)), tuple(tuple(row) for row in rows)
+        coeffs, scales = [], []
+        for i, member in enumerate(self.members):
+            rule = rules.get(id(member.group), Rule(direct=1.0))
+            coeffs.append(tuple(self._expand(i, draws, [rule.direct * c for c in values])))
+            scales.append((rule.scale, *[1.0] * (len(coeffs[0]) - 1))[: len(coeffs[0])])
+        directions = tuple(self._with_slots(draws))
+        is_scaled = any(rule.scale != 1.0 for rule in rules.values())
+        if all(row == coeffs[0] for row in coeffs) and all(row == scales[0] for row in scales):
+            return directions, coeffs[0], scales[0] if is_scaled else None
+        return directions, tuple(coeffs), tuple(scales) if is_scaled else None
 
     def _sweep(self, target: Coefficients, step: Step | None, seed: int, law: str) -> None:
         groups = {id(member.group): member.group for member in self.members}

@@ -21,7 +21,7 @@ def as_float(loss: Loss) -> float:
                 f"the loss is {loss.dtype}, which rounds the difference of two losses away: "
                 "compute it in float32, for example cross_entropy(logits.float(), labels)"
             )
-        return float(loss)
+        return float(loss.detach())
     if not isinstance(loss, Real) or type(loss).__name__ == "float16":
         raise TypeError(f"the closure must return a float32 scalar loss, not {type(loss).__name__}")
     return float(loss)

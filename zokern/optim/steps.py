@@ -8,22 +8,25 @@ from zokern.optim.displacement import Coefficients
 
 
 @dataclass(frozen=True)
-class Point:
-    """A place to evaluate the loss: θ + Σ coeffs[k]·z(draws[k]).
+class Move:
+    """From the place of rest θ to another: scales[0]·θ + Σ coeffs[k]·z(draws[k]).
 
-    Whoever holds the same weights at rest can move there with :func:`zokern.ops.perturb_`, which
-    takes all of these.
+    Whoever holds the same weights can make it with :func:`zokern.ops.perturb_`, which takes all of
+    these. :meth:`ZOOptimizer.ask` gives one for each point at which it wants the loss, and
+    ``StepResult.update`` is the one that the step made of the place of rest.
 
     Attributes:
         draws: the directions; ~j stands for the method's dense direction j (ZOPrO: 0 is the
             previous update, 1 the reward delta).
-        coeffs: a number for each direction or, where they differ from parameter to parameter
-            (ZOPrO), a row of them for each.
+        coeffs: a number for each direction; or a row of them for each parameter that moves, where
+            they differ from one to the other.
+        scales: like coeffs; None where all are 1.
         seed, law: of the noise.
     """
 
     draws: tuple[int, ...]
     coeffs: tuple
+    scales: tuple | None
     seed: int
     law: str
 
@@ -50,12 +53,15 @@ class StepResult:
         projected_gradient: for each draw its coefficient, in float32: the estimated gradient is
             Σ projected_gradient[k]·z(draws[k]).
         skipped: whether a loss was not finite, so that the weights were not updated.
+        update: what the weights at rest made of it; None where it was skipped, or took more than
+            moving along directions (momentum, sign).
     """
 
     losses: tuple[float, ...]
     draws: tuple[int, ...]
     projected_gradient: tuple[float, ...]
     skipped: bool
+    update: Move | None
 
     @property
     def loss(self) -> float:
