@@ -179,9 +179,10 @@ def _recorded_tensors(weights: Weights, header: dict[str, Any]) -> list[Tensor]:
     """The tensors that the run trained, in its order, checked against the header."""
     if isinstance(weights, nn.Module):
         weights = dict(weights.named_parameters())
+    has_names = isinstance(weights, Mapping)
     given: list[Any] = list(weights.items() if isinstance(weights, Mapping) else weights)
     recorded = header["tensors"]
-    if given and isinstance(given[0], tuple):
+    if has_names or (given and isinstance(given[0], tuple)):
         by_name = {canonical_name(name): tensor for name, tensor in given}
     elif header["named"]:
         raise TrajectoryError("the run's parameters have names: give them with the weights")

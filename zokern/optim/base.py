@@ -387,8 +387,10 @@ class ZOOptimizer(Optimizer):
                     losses.append(as_float(closure()))
                 result = self.tell(losses)
         except BaseException:
-            self._open = None
-            self._rest()
+            # Where the step could not even begin, the weights may be somebody else's.
+            if self._open is not None:
+                self._open = None
+                self._rest()
             raise
         return torch.tensor(result.loss)
 
@@ -526,6 +528,9 @@ class ZOOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "_displacement" not in state:
+            # load_state_dict passes through here too.
+            return
         self._open = None
         self._versions = Versions()
         # Two optimizers cannot record one run.

@@ -1,0 +1,239 @@
+"""How weights are kept: updates that arrive, restores that are exact, weights that others load."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import zokern
+from tests.zo import METHODS, loss_of, make_model, same, weights
+from zokern import noise
+
+
+def value_of(optimizer: zokern.ZOOptimizer, weight: nn.Parameter) -> torch.Tensor:
+    state = optimizer.state[weight]
+    if "master" in state:
+        return state["master"]
+    if "residual" not in state:
+        return weight.detach()
+    unit = 256 if state["residual"].dtype == torch.int8 else 1
+    bits = weight.detach().float().view(torch.int32) + unit * state["residual"].int()
+    return bits.view(torch.float32)
+
+
+def gain_and_drift(precision: str, update: float, steps: int, numel: int) -> tuple[float, float]:
+    """Of updates of a size on bfloat16 weights of scale 0.02, at ε = 1e-3."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter((torch.randn(numel, generator=generator) * 0.02).bfloat16())
+    optimizer = zokern.MeZO([("w", weight)], lr=update, eps=1e-3, seed=1, precision=precision)
+    start = weight.detach().double()
+    for _ in range(steps):
+        list(optimizer.ask())
+        # Losses that make the projected gradient 1.
+        optimizer.tell([2e-3, 0.0])
+    intended = torch.zeros(numel, dtype=torch.float64)
+    for draw in range(steps):
+        z = noise.sample("gauss16", numel, seed=1, draw=draw, tensor_id=noise.tensor_id("w"))
+        intended -= update * z.double()
+    applied = value_of(optimizer, weight).double() - start
+    gain = (applied @ intended / (intended @ intended)).item()
+    return gain, ((applied - gain * intended).norm() / intended.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("precision", "drift_bound"), [("split", 0.01), ("master", 0.01), ("split8", 0.35)]
+)
+def test_small_updates_arrive_in_bf16(precision, drift_bound):
+    gain, drift = gain_and_drift(precision, 1e-6, 1000, 1 << 16)
+    assert abs(gain - 1) <= 0.02
+    assert drift <= drift_bound
+
+
+def test_in_place_bf16_drifts():
+    """What the other precisions are for."""
+    assert gain_and_drift("inplace", 1e-6, 300, 1 << 16)[1] > 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_master_keeps_the_weights_bit_for_bit(dtype):
+    model = make_model(dtype)
+    optimizer = zokern.MeZO(model.named_parameters(), 0.0, seed=1, precision="master")
+    before = weights(model)
+    for _ in range(100):
+        for _ in optimizer.ask():
+            assert not same(weights(model), before)
+        optimizer.flush()
+        assert same(weights(model), before)
+    for name, param in model.named_parameters():
+        assert optimizer.state[param]["master"].dtype == torch.float32, name
+        assert torch.equal(optimizer.state[param]["master"], param.float())
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_master_restores_exactly_whenever_the_closure_raises(method):
+    model = make_model(torch.bfloat16)
+    optimizer = method.make(model, precision="master", weight_decay=0.1)
+    for _ in range(2):
+        optimizer.step(loss_of(model))
+    before, run = weights(model), dict(optimizer.run)
+    masters = copy.deepcopy([optimizer.state[p]["master"] for p in model.parameters()])
+    for at in range(method.evaluations):
+        calls = 0
+
+        def closure():
+            nonlocal calls
+            calls += 1
+            if calls > at:  # noqa: B023
+                raise KeyboardInterrupt
+            return loss_of(model)()
+
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step(closure)
+        assert same(weights(model), before)
+        assert same([optimizer.state[p]["master"] for p in model.parameters()], masters)
+        assert optimizer.run == run
+
+
+def test_an_update_of_a_master_is_what_float32_weights_would_make_of_it():
+    model, half = make_model(), make_model(torch.bfloat16)
+    with torch.no_grad():
+        for a, b in zip(model.parameters(), half.parameters(), strict=True):
+            a.copy_(b)
+    optimizers = [
+        zokern.MeZO(m.named_parameters(), 0.01, seed=1, weight_decay=0.1, precision="master")
+        for m in (model, half)
+    ]
+    for step in range(5):
+        for optimizer in optimizers:
+            list(optimizer.ask())
+            optimizer.tell([0.1 * step, 0.05])
+    for a, b in zip(model.parameters(), half.parameters(), strict=True):
+        assert torch.equal(optimizers[1].state[b]["master"], a)
+        assert torch.equal(b, a.bfloat16())
+
+
+@pytest.mark.parametrize("precision", ["split", "split8", "master"])
+@pytest.mark.parametrize("fuse_next", [False, True], ids=["", "fused"])
+def test_weights_that_are_loaded_are_not_overwritten(precision, fuse_next):
+    model, other = make_model(torch.bfloat16), make_model(torch.bfloat16)
+    with torch.no_grad():
+        for param in other.parameters():
+            param.add_(1.0)
+    optimizer = zokern.MeZO(
+        model.named_parameters(), 0.01, seed=1, precision=precision, fuse_next=fuse_next
+    )
+    for _ in range(3):
+        optimizer.step(loss_of(model))
+    model.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match=r"0\.weight .*refresh\(\)"):
+        optimizer.step(loss_of(model))
+    assert same(weights(model), weights(other))
+    if fuse_next:
+        with pytest.raises(RuntimeError, match="stands displaced"):
+            optimizer.state_dict()
+
+    optimizer.refresh()
+    assert same(weights(model), weights(other))
+    twin = zokern.MeZO(
+        other.named_parameters(), 0.01, seed=1, precision=precision, fuse_next=fuse_next
+    )
+    for group in twin.param_groups:
+        group.update(draws=3, step=3)
+    for m, o in ((model, optimizer), (other, twin)):
+        o.step(loss_of(m))
+        o.flush()
+    assert same(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("precision", ["inplace", "split", "master"])
+def test_weights_that_are_loaded_before_the_first_step_are_simply_taken(precision):
+    model, other = make_model(torch.bfloat16), make_model(torch.bfloat16)
+    optimizer = zokern.MeZO(model.named_parameters(), 0.0, seed=1, precision=precision)
+    with torch.no_grad():
+        for param in other.parameters():
+            param.mul_(2.0)
+    model.load_state_dict(other.state_dict())
+    optimizer.step(loss_of(model))
+    for a, b in zip(weights(model), weights(other), strict=True):
+        assert torch.equal(a, b) if precision == "master" else torch.allclose(a, b, atol=0.01)
+
+
+def test_weights_in_place_may_be_changed_between_steps():
+    model = make_model()
+    optimizer = zokern.MeZO(model.named_parameters(), 0.01, seed=1)
+    optimizer.step(loss_of(model))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.clamp_(-1, 1)
+    optimizer.step(loss_of(model))
+
+
+def test_a_copy_swapped_in_and_out_is_fine_with_masters():
+    """As for an evaluation with averaged weights."""
+    model = make_model(torch.bfloat16)
+    optimizer = zokern.MeZO(model.named_parameters(), 0.01, seed=1, precision="master")
+    optimizer.step(loss_of(model))
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    model.load_state_dict(kept)
+    optimizer.step(loss_of(model))
+
+
+@pytest.mark.parametrize("first", ["module", "optimizer"])
+def test_checkpoints_load_in_either_order(first):
+    model = make_model(torch.bfloat16)
+    optimizer = zokern.MeZO(model.named_parameters(), 0.01, seed=1, precision="master")
+    optimizer.step(loss_of(model))
+    module_state = copy.deepcopy(model.state_dict())
+    optimizer_state = copy.deepcopy(optimizer.state_dict())
+    optimizer.step(loss_of(model))
+    after = weights(model)
+    optimizer.step(loss_of(model))
+    if first == "module":
+        model.load_state_dict(module_state)
+        optimizer.load_state_dict(optimizer_state)
+    else:
+        optimizer.load_state_dict(optimizer_state)
+        model.load_state_dict(module_state)
+    optimizer.step(loss_of(model))
+    assert same(weights(model), after)
+
+
+def test_the_state_of_other_weights_is_noticed():
+    model = make_model(torch.bfloat16)
+    optimizer = zokern.MeZO(model.named_parameters(), 0.01, seed=1, precision="master")
+    optimizer.step(loss_of(model))
+    fresh = make_model(torch.bfloat16)
+    again = zokern.MeZO(fresh.named_parameters(), 0.01, precision="master")
+    again.load_state_dict(optimizer.state_dict())
+    before = weights(fresh)
+    with pytest.raises(RuntimeError, match="has a master in the optimizer"):
+        again.step(loss_of(fresh))
+    assert same(weights(fresh), before)
+
+
+def test_momentum_is_float32_and_made_when_it_is_wanted():
+    model = make_model(torch.bfloat16)
+    optimizer = zokern.MeZO(model.named_parameters(), 0.01, seed=1)
+    assert all("momentum" not in state for state in optimizer.state.values())
+    optimizer.param_groups[0]["momentum"] = 0.5
+    optimizer.step(loss_of(model))
+    for param in model.parameters():
+        assert optimizer.state[param]["momentum"].dtype == torch.float32
+        assert optimizer.state[param]["momentum"].any()
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        zokern.MeZO(make_model().named_parameters(), 0.01, momentum=0.9), 0.01, total_steps=10
+    )
+    assert scheduler.optimizer.param_groups[0]["momentum"] == pytest.approx(0.95)
+
+
+def test_nan_weights_with_masters_are_no_reason_to_stop():
+    weight = nn.Parameter(torch.tensor([math.nan, 1.0]))
+    optimizer = zokern.MeZO([("w", weight)], 0.1, precision="master")
+    for _ in range(2):
+        optimizer.step(lambda: weight[1])
+    assert weight[0].isnan()
