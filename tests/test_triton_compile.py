@@ -73,11 +73,15 @@ def sweep(case: Case, seed: int = 0, count: int = 1) -> Sweep:
     return Sweep(
         params=params,
         residuals=[residual_dtype and torch.empty(numel, dtype=residual_dtype) for _ in params],
+        masters=None,
+        dense=[],
         shards=[Shard(8 * seed, row, row + 8)] * count,
         tensor_ids=[seed] * count,
         draws=[(seed + i) % 2**32 for i in range(case.k)],
         coeffs=[[0.1] * case.k] * count,
         scales=[[case.scale] * case.k] * count,
+        rest=case.k,
+        update=None,
         seed=seed,
         law=case.law,
     )

@@ -14,13 +14,13 @@ from tests.same_bits import same_bits
 from zokern import ops
 from zokern.backends.reference import storage as reference
 from zokern.laws import LAWS
-from zokern.sweep import Shard, Sweep
+from zokern.sweep import Shard
 
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from zokern.backends.triton import launch, perturb, storage  # noqa: E402
+from zokern.backends.triton import launch, perturb, storage, tiles, update  # noqa: E402
 
 DIRECTIONS = [name for name, law in LAWS.items() if law.is_direction]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,9 +42,10 @@ def small_blocks(monkeypatch):
     """Blocks of two tiles of 128 elements, so that small tensors have several of both."""
     if DEVICE != "cpu":
         pytest.skip("a GPU's tiles are as large as its vectors ask")
-    monkeypatch.setattr(perturb, "_tile", lambda storage, octets: (16, 1))
-    monkeypatch.setattr(perturb, "MAX_TILES", 2)
-    monkeypatch.setattr(perturb, "BLOCKS", 1)
+    for module in (perturb, update):
+        monkeypatch.setattr(module, "_tile", lambda storage, octets: (16, 1))
+        monkeypatch.setattr(module, "MAX_TILES", 2)
+        monkeypatch.setattr(module, "BLOCKS", 1)
 
 
 def misaligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -161,7 +162,7 @@ def test_one_sweep_over_every_storage(small_blocks):
 @triton.jit
 def find_kernel(first_blocks, tensors, blocks, out):
     program = tl.program_id(0)
-    found = perturb._find(first_blocks, tensors, tl.load(blocks + program))
+    found = tiles.find(first_blocks, tensors, tl.load(blocks + program))
     tl.store(out + program, found)
 
 
@@ -198,10 +199,9 @@ def test_a_block_finds_its_tensor(tensors):
 def test_what_goes_without_masks(shape, shard, start, unmasked, octets_per_row):
     numel = torch.Size(shape).numel()
     param = torch.zeros(numel + start)[start:].view(shape)
-    sweep = Sweep([param], [None], [Shard(*shard)], [0], [0], [[1.0]], [[1.0]], 0, "gauss16")
-    columns = perturb._columns(sweep, 0, 0)
-    assert columns.unmasked == unmasked
-    assert columns.octets_per_row == octets_per_row
+    place = tiles.place_of((param, None), Shard(*shard), 0)
+    assert place.unmasked == unmasked
+    assert place.octets_per_row == octets_per_row
 
 
 @triton.jit

@@ -32,9 +32,9 @@ def perturb_(sweep: Sweep) -> None:
 
 
 def inner_products(products: InnerProducts) -> Tensor:
-    from zokern.backends.triton import products as module
+    from zokern.backends.triton import products as kernels
 
-    return module.inner_products(products)
+    return kernels.inner_products(products)
 
 
 def sample(

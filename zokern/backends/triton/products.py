@@ -47,10 +47,8 @@ def _log2(power):
 
 
 @triton.jit
-def _add(sum_, other):
-    """Of sums (high, low)."""
-    high, low = sum_
-    x, y = other
+def _add(high, low, x, y):
+    """high + low + (x + y), as such a pair again."""
     total = high + x
     back = total - high
     error = (high - (total - back)) + (x - back)
@@ -58,13 +56,12 @@ def _add(sum_, other):
 
 
 @triton.jit
-def _folded(sum_, TIMES: tl.constexpr):
+def _folded(high, low, TIMES: tl.constexpr):
     """Each 2^TIMES sums in a row added up."""
-    high, low = sum_
     for _ in tl.static_range(TIMES):
         a, b = tl.split(tl.reshape(high, [high.shape[0] // 2, 2]))
         c, d = tl.split(tl.reshape(low, [low.shape[0] // 2, 2]))
-        high, low = _add((a, c), (b, d))
+        high, low = _add(a, c, b, d)
     return high, low
 
 
@@ -72,7 +69,8 @@ def _folded(sum_, TIMES: tl.constexpr):
 def _add_product(sum_, a, b):
     """A sum for each octet, with those of the products added; float64 holds them exactly."""
     product = a.to(tl.float64) * b.to(tl.float64)
-    return _add(sum_, _folded((product, tl.zeros_like(product)), 3))
+    high, low = _folded(product, tl.zeros_like(product), 3)
+    return _add(sum_[0], sum_[1], high, low)
 
 
 @triton.jit
@@ -82,10 +80,14 @@ def _add_products(sums, v, z):
 
 
 @triton.jit
-def _store_sum(partial, sum_, OCTETS: tl.constexpr):
-    high, low = _folded(sum_, _log2(OCTETS))
-    tl.store(partial + tl.arange(0, 1), high)
-    tl.store(partial + 1 + tl.arange(0, 1), low)
+def _store_total(partial, sum_, OCTETS: tl.constexpr):
+    high, low = sum_
+    if INTERPRETED:
+        # The interpreter's reduction goes from one element to the next.
+        high, low = _folded(high, low, _log2(OCTETS // 8))
+    high, low = tl.reduce((high, low), 0, _add)
+    tl.store(partial, high)
+    tl.store(partial + 1, low)
 
 
 @triton.jit(do_not_specialize=["tensors", "tiles", "seed_low", "seed_high", "draw"])
@@ -130,7 +132,7 @@ def inner_products_kernel(
         sums = _add_products(sums, v, z)
     partial = partials + tl.program_id(0).to(tl.int64) * 6
     for s in tl.static_range(3):
-        _store_sum(partial + 2 * s, sums[s], OCTETS)
+        _store_total(partial + 2 * s, sums[s], OCTETS)
 
 
 def inner_products(products: InnerProducts) -> Tensor:
