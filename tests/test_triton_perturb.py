@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import zokern
+from tests import test_sweep_forms
 from tests.conftest import choose
 from tests.same_bits import same_bits
 from zokern import ops
@@ -20,7 +21,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from zokern.backends.triton import launch, perturb, storage, tiles, update  # noqa: E402
+from zokern.backends.triton import launch, perturb, products, storage, tiles, update  # noqa: E402
 
 DIRECTIONS = [name for name, law in LAWS.items() if law.is_direction]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,6 +47,8 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(module, "_tile", lambda storage, octets: (16, 1))
         monkeypatch.setattr(module, "MAX_TILES", 2)
         monkeypatch.setattr(module, "BLOCKS", 1)
+    monkeypatch.setattr(products, "_tile", lambda octets: 16)
+    monkeypatch.setattr(products, "BLOCKS", 2)
 
 
 def misaligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -157,6 +160,57 @@ def test_one_sweep_over_every_storage(small_blocks):
     got = swept_by("triton", params, residuals, **arguments)
     wanted = swept_by("reference", params, residuals, **arguments)
     assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+FORMS = [
+    ("fp32", "momentum"),
+    ("bf16", "master evaluates"),
+    ("bf16", "everything"),
+    ("bf16_int8", "signed momentum"),
+    ("fp16_fp16", "dense"),
+]
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_every_form(small_blocks, monkeypatch, name, form):
+    monkeypatch.setattr(test_sweep_forms, "make_operands", operands)
+    case = test_sweep_forms.make_case("gauss16", name, test_sweep_forms.FORMS[form])
+    for vectors in case.arguments["dense"]:
+        vectors[5] = misaligned(vectors[5])
+    got = case.run()
+    with zokern.use_backend("reference"):
+        wanted = case.run()
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        assert same_bits(a, b), f"operand {i}"
+
+
+def test_an_update_steps_by_the_sign_of_numbers_alone(small_blocks):
+    """NaN and both zeros have the sign 0."""
+    momentum = torch.tensor([float("nan"), 0.0, -0.0, 1e-45, -1e-45, float("inf"), -2.0])
+    param = torch.zeros(7)
+    update = ops.Update([0.0], 1.0, 1.0, [momentum], sign=True)
+    ops.perturb_([param], [0], [0.0], seed=1, update=update)
+    assert param.tolist() == [0, 0, 0, 1, -1, 1, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inner_products_of_many_blocks(small_blocks, dtype):
+    vectors, _, shards = operands("fp32")
+    vectors = [vector.to(dtype) for vector in vectors[:-1]]
+    vectors[5] = misaligned(vectors[5])
+    got = ops.inner_products(vectors, 1, seed=2, shards=shards[:-1])
+    with zokern.use_backend("reference"):
+        wanted = ops.inner_products(vectors, 1, seed=2, shards=shards[:-1])
+    assert torch.allclose(got, wanted, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_inner_products_of_what_is_not_finite_are_not(value):
+    vector = torch.full((20_000,), value, device=DEVICE)
+    vv, vz, zz = ops.inner_products([vector], 1, seed=2)[0]
+    assert not vv.isfinite()
+    assert vz.isnan()
+    assert zz.isfinite()
 
 
 @triton.jit

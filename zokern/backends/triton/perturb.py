@@ -132,9 +132,7 @@ def perturb_kernel(
     moves = (draws, pairs, directions, first, last)
 
     block = tl.program_id(0) - tl.load(table + i)
-    start, origin, unmasked_tiles, all_tiles = tiles_of(
-        block, shard, unmasked, tiles, OCTETS, ROWS
-    )
+    start, origin, unmasked_tiles, all_tiles = tiles_of(block, shard, unmasked, tiles, OCTETS, ROWS)
     for tile in range(unmasked_tiles):
         _sweep_tile(tensor, shard, start, origin, tile, moves, LAW, STORAGE,
                     DIRECTIONS, SCALED, ROWS, False, OCTETS, DP4A)  # fmt: skip

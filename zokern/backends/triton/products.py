@@ -115,9 +115,7 @@ def inner_products_kernel(
     vector = tl.load(columns + PLACE)
     stream = (seed_low.to(tl.uint32), seed_high.to(tl.uint32), tensor_id)
     block = tl.program_id(0) - tl.load(table + i)
-    start, origin, unmasked_tiles, all_tiles = tiles_of(
-        block, shard, unmasked, tiles, OCTETS, ROWS
-    )
+    start, origin, unmasked_tiles, all_tiles = tiles_of(block, shard, unmasked, tiles, OCTETS, ROWS)
     zero = tl.zeros([OCTETS], tl.float64)
     sums = ((zero, zero), (zero, zero), (zero, zero))
     for tile in range(unmasked_tiles):
@@ -169,9 +167,7 @@ def _launch(
     tile = _tile(octets)
     tiles = max(1, octets // (tile * BLOCKS))
     first_blocks = first_blocks_of(places, tile * tiles)
-    tensors = (
-        (*place, address_of(vectors[i])) for place, i in zip(places, members, strict=True)
-    )
+    tensors = ((*place, address_of(vectors[i])) for place, i in zip(places, members, strict=True))
     numbers = [*first_blocks[:-1], *chain(*tensors)]
     device = vectors[0].device
     partials = torch.empty(first_blocks[-1], 3, 2, dtype=torch.float64, device=device)

@@ -80,13 +80,9 @@ def _direction(draw, noise, dense, access, LAW: tl.constexpr, DENSE0: tl.constex
                DENSE1: tl.constexpr, OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
     """The values of a draw or, where it is negative, of the dense direction ~draw."""
     octet, stream = noise
-    if DENSE0 == "":
+    if DENSE0 == "" or draw >= 0:
         z = octet_values(LAW, octet, stream, draw, DP4A)
-    elif draw >= 0:
-        z = octet_values(LAW, octet, stream, draw, DP4A)
-    elif DENSE1 == "":
-        z = _load(DENSE0, dense[0], 0, access, OCTETS)
-    elif draw == -1:
+    elif DENSE1 == "" or draw == -1:
         z = _load(DENSE0, dense[0], 0, access, OCTETS)
     else:
         z = _load(DENSE1, dense[1], 0, access, OCTETS)
@@ -129,9 +125,8 @@ def _sweep_tile(columns, noise, access, moves, rest, directions, LAW: tl.constex
         if SIGN:
             u = (u > 0).to(tl.float32) - (u < 0).to(tl.float32)
         value = fma(step, u, value)
-    if MASTER:
-        if rest > 0:
-            _store("fp32", master, 0, access, value)
+    if MASTER and rest > 0:
+        _store("fp32", master, 0, access, value)
     for k in range(rest, directions):
         value, u = _moved(value, u, k, noise, dense, access, moves,
                           LAW, False, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
@@ -176,9 +171,7 @@ def update_kernel(
     moves = (draws, draws + directions + tl.load(own + 8) * directions * 3)
 
     block = tl.program_id(0) - tl.load(table + i)
-    start, origin, unmasked_tiles, all_tiles = tiles_of(
-        block, shard, unmasked, tiles, OCTETS, ROWS
-    )
+    start, origin, unmasked_tiles, all_tiles = tiles_of(block, shard, unmasked, tiles, OCTETS, ROWS)
     for tile in range(unmasked_tiles):
         octet, _, _ = locate(origin, tile, shard, OCTETS, ROWS)
         first = start + tile * OCTETS
@@ -208,11 +201,10 @@ def _launch(sweep: Sweep, members: list[int], storages: tuple[str, ...], rows: b
     storage, dense0, dense1 = (*storages, "", "")[:3]
     update = sweep.update
     coeff_rows, triples = _coefficients(sweep, members)
-    places = [
-        place_of(_operands(sweep, i), sweep.shards[i], sweep.tensor_ids[i]) for i in members
-    ]
-    tile, warps = _tile(storage, sum(place.octets for place in places))
-    tiles = min(MAX_TILES, max(1, sum(place.octets for place in places) // (tile * BLOCKS)))
+    places = [place_of(_operands(sweep, i), sweep.shards[i], sweep.tensor_ids[i]) for i in members]
+    octets = sum(place.octets for place in places)
+    tile, warps = _tile(storage, octets)
+    tiles = min(MAX_TILES, max(1, octets // (tile * BLOCKS)))
     *first_blocks, all_blocks = first_blocks_of(places, tile * tiles)
     columns = (_columns(sweep, i, row) for i, row in zip(members, coeff_rows, strict=True))
     tensors = (place + own for place, own in zip(places, columns, strict=True))
@@ -256,7 +248,7 @@ def _columns(sweep: Sweep, i: int, coeff_row: int) -> Columns:
     update = sweep.update
     numbers = (0.0, 0.0) if update is None else (update.decays[i], update.steps[i])
     addresses = map(address_of, _operands(sweep, i))
-    return Columns(*addresses, *float_bits(numbers), coeff_row=coeff_row)
+    return Columns._make((*addresses, *float_bits(numbers), coeff_row))
 
 
 def _coefficients(sweep: Sweep, members: list[int]) -> tuple[list[int], list[float]]:
