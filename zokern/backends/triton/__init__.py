@@ -32,6 +32,7 @@ def perturb_(sweep: Sweep) -> None:
 
 
 def inner_products(products: InnerProducts) -> Tensor:
+    # Importing a module named inner_products would put it in this function's place.
     from zokern.backends.triton import products as kernels
 
     return kernels.inner_products(products)

@@ -62,6 +62,7 @@ COLUMNS = tl.constexpr(PLACE.value + len(Columns._fields))
 
 @triton.jit
 def _load(STORAGE: tl.constexpr, address, residual, access, OCTETS: tl.constexpr):
+    """The values of a tile, accessed by (first octet, places, mask); no mask, whole octets."""
     octet, at, mask = access
     if mask is None:
         return load_aligned(STORAGE, address, residual, octet, OCTETS)
@@ -107,6 +108,7 @@ def _sweep_tile(columns, noise, access, moves, rest, directions, LAW: tl.constex
                 STORAGE: tl.constexpr, MASTER: tl.constexpr, UPDATE: tl.constexpr,
                 MOMENTUM: tl.constexpr, SIGN: tl.constexpr, DENSE0: tl.constexpr,
                 DENSE1: tl.constexpr, OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
+    """Sweep the octets and the stream of ``noise``, accessed as in :func:`_load`."""
     param, residual, master, momentum, dense, decay, step = columns
     if MASTER:
         value = _load("fp32", master, 0, access, OCTETS)
@@ -120,6 +122,8 @@ def _sweep_tile(columns, noise, access, moves, rest, directions, LAW: tl.constex
         value, u = _moved(value, u, k, noise, dense, access, moves,
                           LAW, UPDATE, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
     if MOMENTUM:
+        # A dense direction may be this memory, but only before rest: what is stored here was made
+        # from all that is read there.
         _store("fp32", momentum, 0, access, u)
     if UPDATE:
         if SIGN:
