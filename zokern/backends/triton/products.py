@@ -36,7 +36,7 @@ from zokern.sweep import InnerProducts
 # What the table holds for a tensor: its place and its address.
 COLUMNS = tl.constexpr(PLACE.value + 1)
 
-# A launch has BLOCKS to 2·BLOCKS blocks, or one for each tensor: the host adds up what they give.
+# A launch has up to about 2·BLOCKS blocks, but one for each tensor: the host adds up their sums.
 BLOCKS = 1024
 WARPS = 4
 
