@@ -1,7 +1,7 @@
 """Triton's kernels compiled for GPUs that need not be there: what their machine code is like.
 
-Triton compiles with its interpreter off. So this file, run as a program, compiles what a sweep
-launches and prints what it finds in the code; the tests look at that.
+Triton compiles with its interpreter off. So this file, run as a program, compiles what a sweep or
+inner products launch and prints what it finds in the code; the tests look at that.
 """
 
 import json
@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from zokern.laws import LAWS
-from zokern.sweep import Shard, Sweep
+from zokern.sweep import InnerProducts, Shard, Sweep, Update
 
 pytest.importorskip("triton")
 
@@ -58,10 +58,19 @@ MORE_CASES = {
     "scaled": Case(scale=0.5),
     **{law: Case(law=law) for law in ("gauss32", "rademacher", "normal")},
 }
+ONE_OF_EACH_MAKER = ("sm_90", "gfx942")
 COMPILED = [
     f"{target}-{name}"
     for target in TARGETS
-    for name in (CASES | MORE_CASES if target in ("sm_90", "gfx942") else CASES)
+    for name in (CASES | MORE_CASES if target in ONE_OF_EACH_MAKER else CASES)
+]
+# Sweeps that are not plain, and inner products with vectors of a dtype.
+FORMS = ("master-evaluates", "momentum", "two-dense", "everything")
+PRODUCTS = ("fp32", "bf16")
+OTHERS = [
+    f"{target}-{name}"
+    for target in ONE_OF_EACH_MAKER
+    for name in (*FORMS, *(f"products-{dtype}" for dtype in PRODUCTS))
 ]
 
 
@@ -73,14 +82,44 @@ def sweep(case: Case, seed: int = 0, count: int = 1) -> Sweep:
     return Sweep(
         params=params,
         residuals=[residual_dtype and torch.empty(numel, dtype=residual_dtype) for _ in params],
+        masters=None,
+        dense=[],
         shards=[Shard(8 * seed, row, row + 8)] * count,
         tensor_ids=[seed] * count,
         draws=[(seed + i) % 2**32 for i in range(case.k)],
         coeffs=[[0.1] * case.k] * count,
         scales=[[case.scale] * case.k] * count,
+        rest=case.k,
+        update=None,
         seed=seed,
         law=case.law,
     )
+
+
+def sweep_of_form(form: str) -> Sweep:
+    plain = sweep(Case("fp32" if form == "momentum" else "bf16", rows=100))
+    (param,) = plain.params
+    master, momentum = param.float(), param.float()
+    update = Update([[0.5] * 3], [0.9], [0.1], [momentum], sign=form == "everything")
+    mixed = {
+        "dense": [[torch.empty_like(param)], [momentum]],
+        "draws": [1, -1, -2],
+        "coeffs": [[0.1] * 3],
+        "scales": [[1.0] * 3],
+        "rest": 3,
+    }
+    changes: dict = {
+        "master-evaluates": {"masters": [master], "rest": 0},
+        "momentum": {"update": replace(update, gradient=[[0.5]])},
+        "two-dense": mixed,
+        "everything": mixed | {"masters": [master], "update": update},
+    }[form]
+    return replace(plain, **changes)
+
+
+def products_of(dtype: str) -> InnerProducts:
+    plain = sweep(Case(dtype))
+    return InnerProducts(plain.params, plain.shards, [0], draw=1, seed=2, law="gauss16")
 
 
 class Driver:
@@ -109,10 +148,16 @@ def compiled_for(name: str) -> Iterator[list]:
     """What would be launched on that GPU is compiled and collected instead."""
     from triton.runtime import driver
 
-    from zokern.backends.triton import launch, noise, perturb
+    from zokern.backends.triton import launch, noise, perturb, products, update
 
     kernels = []
-    runs = {kernel: kernel.run for kernel in (perturb.perturb_kernel, noise.sample_kernel)}
+    launched = (
+        perturb.perturb_kernel,
+        update.update_kernel,
+        products.inner_products_kernel,
+        noise.sample_kernel,
+    )
+    runs = {kernel: kernel.run for kernel in launched}
     for kernel, run in runs.items():
 
         def warm_up(*args, run=run, warmup, **kwargs):
@@ -140,19 +185,33 @@ def loops(sass: str) -> Iterator[tuple[int, list[str]]]:
                 yield labels[jump[1]], instructions[labels[jump[1]] :]
 
 
-def nvidia_report(kernel, case: Case) -> dict:
+def sass_of(kernel) -> str:
     import triton
-
-    from zokern.backends.triton import perturb
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         command = [tools / "nvdisasm", "-c", file.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    # The loop over tiles without masks comes first.
-    before, body = next((b, loop) for b, loop in loops(sass) if any("STG" in i for i in loop))
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def nvidia_report(kernel) -> dict:
+    """What is asked of every kernel."""
+    sass = sass_of(kernel)
+    return {
+        "vectors": len(re.findall(r"\b(?:LDG|STG)\.E\.128", sass)),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "inexact": re.findall(r"\S*(?:\.ftz|\.approx)\S*", kernel.asm["ptx"]),
+        "contracts": kernel.metadata.enable_fp_fusion,
+    }
+
+
+def nvidia_tile_report(kernel, case: Case) -> dict:
+    """What is asked of the plain sweep's tiles without masks, whose loop comes first."""
+    from zokern.backends.triton import perturb
+
+    before, body = next((b, loop) for b, loop in loops(sass_of(kernel)) if "STG" in str(loop))
     opcodes = [instruction.split()[0] for instruction in body]
     octets, warps = perturb._tile(case.storage, 1 << 20)
     per_tile = octets * 8 / (32 * warps)
@@ -161,47 +220,63 @@ def nvidia_report(kernel, case: Case) -> dict:
             {NVIDIA_WIDTHS.get(op[3:], 0) for op in opcodes if op[:3] in ("LDG", "STG")}
         ),
         "exchange": sorted({op for op in opcodes if re.match("LDS|STS|BAR|SHFL", op)}),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "inexact": re.findall(r"\S*(?:\.ftz|\.approx)\S*", kernel.asm["ptx"]),
-        "contracts": kernel.metadata.enable_fp_fusion,
         "slots": (len(body) + before / perturb.MAX_TILES) / per_tile,
     }
 
 
 def amd_report(kernel) -> dict:
     code = kernel.asm["amdgcn"]
-    blocks = re.split(r"\n(?=\.LBB)", code)
-    body = next(block for block in blocks if "global_store_dwordx" in block)
     return {
-        "widths": sorted(
-            {AMD_WIDTHS.get(op, 0) for op in re.findall(r"_(?:load|store)_(\w+)", body)}
-        ),
-        "exchange": sorted(set(re.findall(r"\bds_\w+|\bs_barrier", body))),
+        "vectors": len(re.findall(r"_(?:load|store)_dwordx4", code)),
         "spills": len(re.findall(r"\bscratch_\w+", code)),
         "denormals": re.findall(r"denorm_mode_\w+ (\d)", code),
         "contracts": kernel.metadata.enable_fp_fusion,
     }
 
 
+def amd_tile_report(kernel) -> dict:
+    blocks = re.split(r"\n(?=\.LBB)", kernel.asm["amdgcn"])
+    body = next(block for block in blocks if "global_store_dwordx" in block)
+    return {
+        "widths": sorted(
+            {AMD_WIDTHS.get(op, 0) for op in re.findall(r"_(?:load|store)_(\w+)", body)}
+        ),
+        "exchange": sorted(set(re.findall(r"\bds_\w+|\bs_barrier", body))),
+    }
+
+
 def main() -> None:
-    from zokern.backends.triton import noise, perturb
+    from zokern.backends.triton import noise, perturb, products, update
 
     reports: dict[str, object] = {}
     for target in TARGETS:
+        amd = target.startswith("gfx")
+        report = amd_report if amd else nvidia_report
         with compiled_for(target) as kernels:
             for name, case in (CASES | MORE_CASES).items():
                 if f"{target}-{name}" in COMPILED:
                     perturb.perturb_(sweep(case))
-                    amd = target.startswith("gfx")
-                    report = amd_report(kernels[-1]) if amd else nvidia_report(kernels[-1], case)
-                    reports[f"{target}-{name}"] = report
+                    kernel = kernels[-1]
+                    tile = amd_tile_report(kernel) if amd else nvidia_tile_report(kernel, case)
+                    reports[f"{target}-{name}"] = report(kernel) | tile
+            if target in ONE_OF_EACH_MAKER:
+                for form in FORMS:
+                    update.perturb_(sweep_of_form(form))
+                    reports[f"{target}-{form}"] = report(kernels[-1])
+                for dtype in PRODUCTS:
+                    products.inner_products(products_of(dtype))
+                    reports[f"{target}-products-{dtype}"] = report(kernels[-1])
             for law in LAWS:
                 noise.sample(law, 100, **SAMPLE, device=torch.device("cpu"))
     with compiled_for("sm_90") as kernels:
         for seed in (0, 1, 16, (1 << 31) + 5, 1 << 32, (1 << 64) - 1):
-            small = seed % (1 << 31)
-            perturb.perturb_(replace(sweep(Case(), small, count=1 + seed % 40), seed=seed))
-            sample = {"seed": seed, "draw": seed % (1 << 32), "tensor_id": small, "offset": small}
+            small, draw = seed % (1 << 31), seed % (1 << 32)
+            plain = replace(sweep(Case(), small, count=1 + seed % 40), seed=seed)
+            perturb.perturb_(plain)
+            update.perturb_(replace(plain, masters=[p.float() for p in plain.params], rest=0))
+            operands = (plain.params, plain.shards, plain.tensor_ids)
+            products.inner_products(InnerProducts(*operands, draw, seed, "gauss16"))
+            sample = {"seed": seed, "draw": draw, "tensor_id": small, "offset": small}
             noise.sample("gauss16", 1 + seed % 40, **sample, device=torch.device("cpu"))
         reports["distinct"] = len({kernel.hash for kernel in kernels})
     print(json.dumps(reports))
@@ -231,20 +306,29 @@ def test_full_tiles_go_in_vectors_and_stay_in_their_thread(reports, name):
     # In float32 the halves of octets change places within a warp.
     shuffles = {"SHFL.IDX", "SHFL.BFLY", "ds_bpermute_b32"} if storage == "fp32" else set()
     assert set(report["exchange"]) <= shuffles
-    assert report["spills"] == 0
 
 
-@pytest.mark.parametrize("name", [name for name in COMPILED if name.startswith("sm")])
+@pytest.mark.parametrize("name", COMPILED + OTHERS)
+def test_no_register_is_spilled(reports, name):
+    assert reports[name]["spills"] == 0
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kernels_go_in_vectors_too(reports, name):
+    assert reports[name]["vectors"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name in COMPILED + OTHERS if name.startswith("sm")])
 def test_no_operation_is_approximate(reports, name):
     assert reports[name]["inexact"] == []
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", COMPILED + OTHERS)
 def test_nothing_is_fused_by_the_compiler(reports, name):
     assert reports[name]["contracts"] is False
 
 
-@pytest.mark.parametrize("name", [name for name in COMPILED if name.startswith("gfx")])
+@pytest.mark.parametrize("name", [name for name in COMPILED + OTHERS if name.startswith("gfx")])
 def test_denormals_are_kept(reports, name):
     assert reports[name]["denormals"] == ["3", "3"]
 
@@ -255,7 +339,7 @@ def test_instructions_for_a_parameter(reports, name, budget):
 
 
 def test_other_numbers_do_not_compile_again(reports):
-    assert reports["distinct"] == 2
+    assert reports["distinct"] == 4
 
 
 if __name__ == "__main__":

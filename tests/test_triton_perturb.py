@@ -9,18 +9,19 @@ import pytest
 import torch
 
 import zokern
+from tests import test_sweep_forms
 from tests.conftest import choose
 from tests.same_bits import same_bits
 from zokern import ops
 from zokern.backends.reference import storage as reference
 from zokern.laws import LAWS
-from zokern.sweep import Shard, Sweep
+from zokern.sweep import Shard
 
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from zokern.backends.triton import launch, perturb, storage  # noqa: E402
+from zokern.backends.triton import launch, perturb, products, storage, tiles, update  # noqa: E402
 
 DIRECTIONS = [name for name, law in LAWS.items() if law.is_direction]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,9 +43,12 @@ def small_blocks(monkeypatch):
     """Blocks of two tiles of 128 elements, so that small tensors have several of both."""
     if DEVICE != "cpu":
         pytest.skip("a GPU's tiles are as large as its vectors ask")
-    monkeypatch.setattr(perturb, "_tile", lambda storage, octets: (16, 1))
-    monkeypatch.setattr(perturb, "MAX_TILES", 2)
-    monkeypatch.setattr(perturb, "BLOCKS", 1)
+    for module in (perturb, update):
+        monkeypatch.setattr(module, "_tile", lambda storage, octets: (16, 1))
+        monkeypatch.setattr(module, "MAX_TILES", 2)
+        monkeypatch.setattr(module, "BLOCKS", 1)
+    monkeypatch.setattr(products, "_tile", lambda octets: 16)
+    monkeypatch.setattr(products, "BLOCKS", 2)
 
 
 def misaligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -158,10 +162,61 @@ def test_one_sweep_over_every_storage(small_blocks):
     assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+FORMS = [
+    ("fp32", "momentum"),
+    ("bf16", "master evaluates"),
+    ("bf16", "everything"),
+    ("bf16_int8", "signed momentum"),
+    ("fp16_fp16", "dense"),
+]
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_every_form(small_blocks, monkeypatch, name, form):
+    monkeypatch.setattr(test_sweep_forms, "make_operands", operands)
+    case = test_sweep_forms.make_case("gauss16", name, test_sweep_forms.FORMS[form])
+    for vectors in case.arguments["dense"]:
+        vectors[5] = misaligned(vectors[5])
+    got = case.run()
+    with zokern.use_backend("reference"):
+        wanted = case.run()
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        assert same_bits(a, b), f"operand {i}"
+
+
+def test_an_update_steps_by_the_sign_of_numbers_alone(small_blocks):
+    """NaN and both zeros have the sign 0."""
+    momentum = torch.tensor([float("nan"), 0.0, -0.0, 1e-45, -1e-45, float("inf"), -2.0])
+    param = torch.zeros(7)
+    update = ops.Update([0.0], 1.0, 1.0, [momentum], sign=True)
+    ops.perturb_([param], [0], [0.0], seed=1, update=update)
+    assert param.tolist() == [0, 0, 0, 1, -1, 1, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inner_products_of_many_blocks(small_blocks, dtype):
+    vectors, _, shards = operands("fp32")
+    vectors = [vector.to(dtype) for vector in vectors[:-1]]
+    vectors[5] = misaligned(vectors[5])
+    got = ops.inner_products(vectors, 1, seed=2, shards=shards[:-1])
+    with zokern.use_backend("reference"):
+        wanted = ops.inner_products(vectors, 1, seed=2, shards=shards[:-1])
+    assert torch.allclose(got, wanted, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_inner_products_of_what_is_not_finite_are_not(value):
+    vector = torch.full((20_000,), value, device=DEVICE)
+    vv, vz, zz = ops.inner_products([vector], 1, seed=2)[0]
+    assert not vv.isfinite()
+    assert vz.isnan()
+    assert zz.isfinite()
+
+
 @triton.jit
 def find_kernel(first_blocks, tensors, blocks, out):
     program = tl.program_id(0)
-    found = perturb._find(first_blocks, tensors, tl.load(blocks + program))
+    found = tiles.find(first_blocks, tensors, tl.load(blocks + program))
     tl.store(out + program, found)
 
 
@@ -198,10 +253,9 @@ def test_a_block_finds_its_tensor(tensors):
 def test_what_goes_without_masks(shape, shard, start, unmasked, octets_per_row):
     numel = torch.Size(shape).numel()
     param = torch.zeros(numel + start)[start:].view(shape)
-    sweep = Sweep([param], [None], [Shard(*shard)], [0], [0], [[1.0]], [[1.0]], 0, "gauss16")
-    columns = perturb._columns(sweep, 0, 0)
-    assert columns.unmasked == unmasked
-    assert columns.octets_per_row == octets_per_row
+    place = tiles.place_of((param, None), Shard(*shard), 0)
+    assert place.unmasked == unmasked
+    assert place.octets_per_row == octets_per_row
 
 
 @triton.jit

@@ -6,9 +6,9 @@ Triton is imported when it is first asked for: the package works without it.
 import torch
 from torch import Tensor
 
-from zokern.sweep import Sweep
+from zokern.sweep import InnerProducts, Sweep
 
-__all__ = ["perturb_", "sample", "why_not", "why_not_by_default"]
+__all__ = ["inner_products", "perturb_", "sample", "why_not", "why_not_by_default"]
 
 
 def why_not(device: torch.device) -> str | None:
@@ -26,9 +26,16 @@ def why_not_by_default(device: torch.device) -> str | None:
 
 
 def perturb_(sweep: Sweep) -> None:
-    from zokern.backends.triton import perturb
+    from zokern.backends.triton import perturb, update
 
-    perturb.perturb_(sweep)
+    (perturb if sweep.is_plain else update).perturb_(sweep)
+
+
+def inner_products(products: InnerProducts) -> Tensor:
+    # Importing a module named inner_products would put it in this function's place.
+    from zokern.backends.triton import products as kernels
+
+    return kernels.inner_products(products)
 
 
 def sample(

@@ -8,6 +8,7 @@ GPU it is shorter.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from zokern.backends.triton.launch import INTERPRETED
 from zokern.backends.triton.noise import join2, join4
@@ -30,6 +31,10 @@ _TYPES = {
     "int8": tl.uint8,
     "": None,
 }
+
+
+def storage_of(param: Tensor, residual: Tensor | None = None) -> str:
+    return STORAGES[param.dtype, None if residual is None else residual.dtype]
 
 
 @triton.constexpr_function

@@ -1,0 +1,274 @@
+"""Sweeps that do more than move in place: dense directions, masters, updates.
+
+A launch is for all tensors of equal storage and equal dtypes of their dense directions. After what
+the table begins with (see :mod:`zokern.backends.triton.tiles`) it holds
+
+- the K draws, or directions ~j for the dense ones;
+- for each row of coefficients K triples (coefficient, scale, gradient), as the bits of float32.
+
+Floats in the columns are kept as their bits, too.
+"""
+
+from itertools import chain, repeat
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zokern.backends.triton.launch import INTERPRETED, OPTIONS, on, target
+from zokern.backends.triton.noise import fma, octet_values
+from zokern.backends.triton.storage import load, load_aligned, storage_of, store
+from zokern.backends.triton.tiles import (
+    PLACE,
+    address_of,
+    coefficient_rows,
+    find,
+    first_blocks_of,
+    float_bits,
+    interpreted_tile,
+    launches_of,
+    load_float,
+    load_place,
+    locate,
+    owned,
+    place_of,
+    tiles_of,
+    upload,
+)
+from zokern.sweep import Sweep, row_major
+
+# A block sweeps up to MAX_TILES tiles, fewer where there would not be BLOCKS blocks.
+MAX_TILES = 16
+BLOCKS = 8192
+
+
+class Columns(NamedTuple):
+    """What the table holds for a tensor after its place, in the order in which it is read."""
+
+    param: int
+    residual: int
+    master: int
+    momentum: int
+    dense0: int
+    dense1: int
+    decay: int
+    step: int
+    coeff_row: int
+
+
+COLUMNS = tl.constexpr(PLACE.value + len(Columns._fields))
+
+
+@triton.jit
+def _load(STORAGE: tl.constexpr, address, residual, access, OCTETS: tl.constexpr):
+    """The values of a tile, accessed by (first octet, places, mask); no mask, whole octets."""
+    octet, at, mask = access
+    if mask is None:
+        return load_aligned(STORAGE, address, residual, octet, OCTETS)
+    else:
+        return load(STORAGE, address, residual, at, mask)
+
+
+@triton.jit
+def _store(STORAGE: tl.constexpr, address, residual, access, value):
+    _, at, mask = access
+    store(STORAGE, address, residual, at, mask, value, 16 if mask is None else 1)
+
+
+@triton.jit
+def _direction(draw, noise, dense, access, LAW: tl.constexpr, DENSE0: tl.constexpr,
+               DENSE1: tl.constexpr, OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
+    """The values of a draw or, where it is negative, of the dense direction ~draw."""
+    octet, stream = noise
+    if DENSE0 == "" or draw >= 0:
+        z = octet_values(LAW, octet, stream, draw, DP4A)
+    elif DENSE1 == "" or draw == -1:
+        z = _load(DENSE0, dense[0], 0, access, OCTETS)
+    else:
+        z = _load(DENSE1, dense[1], 0, access, OCTETS)
+    return z
+
+
+@triton.jit
+def _moved(value, u, k, noise, dense, access, moves, LAW: tl.constexpr, ADDS: tl.constexpr,
+           DENSE0: tl.constexpr, DENSE1: tl.constexpr, OCTETS: tl.constexpr,
+           DP4A: tl.constexpr):  # fmt: skip
+    """The value moved along direction k and, with ADDS, the update with its share added."""
+    draws, triples = moves
+    z = _direction(tl.load(draws + k), noise, dense, access, LAW, DENSE0, DENSE1, OCTETS, DP4A)
+    value = fma(load_float(triples + 3 * k), z, value * load_float(triples + 3 * k + 1))
+    if ADDS:
+        u = fma(load_float(triples + 3 * k + 2), z, u)
+    return value, u
+
+
+@triton.jit
+def _sweep_tile(columns, noise, access, moves, rest, directions, LAW: tl.constexpr,
+                STORAGE: tl.constexpr, MASTER: tl.constexpr, UPDATE: tl.constexpr,
+                MOMENTUM: tl.constexpr, SIGN: tl.constexpr, DENSE0: tl.constexpr,
+                DENSE1: tl.constexpr, OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
+    """Sweep the octets and the stream of ``noise``, accessed as in :func:`_load`."""
+    param, residual, master, momentum, dense, decay, step = columns
+    if MASTER:
+        value = _load("fp32", master, 0, access, OCTETS)
+    else:
+        value = _load(STORAGE, param, residual, access, OCTETS)
+    if MOMENTUM:
+        u = _load("fp32", momentum, 0, access, OCTETS) * decay
+    else:
+        u = tl.zeros([OCTETS * 8], tl.float32)
+    for k in range(rest):
+        value, u = _moved(value, u, k, noise, dense, access, moves,
+                          LAW, UPDATE, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
+    if MOMENTUM:
+        # A dense direction may be this memory, but only before rest: what is stored here was made
+        # from all that is read there.
+        _store("fp32", momentum, 0, access, u)
+    if UPDATE:
+        if SIGN:
+            u = (u > 0).to(tl.float32) - (u < 0).to(tl.float32)
+        value = fma(step, u, value)
+    if MASTER and rest > 0:
+        _store("fp32", master, 0, access, value)
+    for k in range(rest, directions):
+        value, u = _moved(value, u, k, noise, dense, access, moves,
+                          LAW, False, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
+    _store(STORAGE, param, residual, access, value)
+
+
+@triton.jit(do_not_specialize=["tensors", "rest", "directions", "tiles", "seed_low", "seed_high"])
+def update_kernel(
+    table,
+    tensors: tl.int32,
+    rest: tl.int32,
+    directions: tl.int32,
+    tiles: tl.int32,
+    seed_low: tl.uint32,
+    seed_high: tl.uint32,
+    LAW: tl.constexpr,
+    STORAGE: tl.constexpr,
+    MASTER: tl.constexpr,
+    UPDATE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    SIGN: tl.constexpr,
+    DENSE0: tl.constexpr,
+    DENSE1: tl.constexpr,
+    ROWS: tl.constexpr,
+    OCTETS: tl.constexpr,
+    DP4A: tl.constexpr,
+):
+    """A block sweeps up to ``tiles`` tiles of OCTETS octets, of one tensor.
+
+    MASTER, UPDATE and MOMENTUM say what there is, DENSE0 and DENSE1 in which storage (or ""), ROWS
+    that some tensor has several rows.
+    """
+    i = find(table, tensors, tl.program_id(0))
+    place = table + tensors + i * COLUMNS
+    tensor_id, unmasked, shard = load_place(place)
+    stream = (seed_low.to(tl.uint32), seed_high.to(tl.uint32), tensor_id)
+    own = place + PLACE
+    dense = (tl.load(own + 4), tl.load(own + 5))
+    columns = (tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3), dense,
+               load_float(own + 6), load_float(own + 7))  # fmt: skip
+    draws = table + tensors * (1 + COLUMNS)
+    moves = (draws, draws + directions + tl.load(own + 8) * directions * 3)
+
+    block = tl.program_id(0) - tl.load(table + i)
+    start, origin, unmasked_tiles, all_tiles = tiles_of(block, shard, unmasked, tiles, OCTETS, ROWS)
+    for tile in range(unmasked_tiles):
+        octet, _, _ = locate(origin, tile, shard, OCTETS, ROWS)
+        first = start + tile * OCTETS
+        access = (first, first * 8 + tl.arange(0, OCTETS * 8), None)
+        _sweep_tile(columns, (octet, stream), access, moves, rest, directions, LAW, STORAGE,
+                    MASTER, UPDATE, MOMENTUM, SIGN, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
+    for tile in range(unmasked_tiles, all_tiles):
+        octet, row, column = locate(origin, tile, shard, OCTETS, ROWS)
+        at, mask = owned(row, column, shard, OCTETS)
+        _sweep_tile(columns, (octet, stream), (0, at, mask), moves, rest, directions, LAW, STORAGE,
+                    MASTER, UPDATE, MOMENTUM, SIGN, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
+
+
+def perturb_(sweep: Sweep) -> None:
+    with row_major(sweep) as contiguous, on(sweep.params[0].device):
+
+        def storages(i: int) -> tuple[str, ...]:
+            param = storage_of(contiguous.params[i], contiguous.residuals[i])
+            return param, *(storage_of(vectors[i]) for vectors in contiguous.dense)
+
+        launches = launches_of(contiguous.params, contiguous.shards, storages)
+        for (names, rows), members in launches.items():
+            _launch(contiguous, members, names, rows)
+
+
+def _launch(sweep: Sweep, members: list[int], storages: tuple[str, ...], rows: bool) -> None:
+    storage, dense0, dense1 = (*storages, "", "")[:3]
+    update = sweep.update
+    coeff_rows, triples = _coefficients(sweep, members)
+    places = [place_of(_operands(sweep, i), sweep.shards[i], sweep.tensor_ids[i]) for i in members]
+    octets = sum(place.octets for place in places)
+    tile, warps = _tile(storage, octets)
+    tiles = min(MAX_TILES, max(1, octets // (tile * BLOCKS)))
+    *first_blocks, all_blocks = first_blocks_of(places, tile * tiles)
+    columns = (_columns(sweep, i, row) for i, row in zip(members, coeff_rows, strict=True))
+    tensors = (place + own for place, own in zip(places, columns, strict=True))
+    draws = (draw % (1 << 64) for draw in sweep.draws)
+    numbers = [*first_blocks, *chain(*tensors), *draws, *float_bits(triples)]
+    update_kernel[(all_blocks,)](
+        upload(numbers, sweep.params[0].device),
+        len(members),
+        sweep.rest,
+        len(sweep.draws),
+        tiles,
+        sweep.seed & 0xFFFFFFFF,
+        sweep.seed >> 32,
+        LAW=sweep.law,
+        STORAGE=storage,
+        MASTER=sweep.masters is not None,
+        UPDATE=update is not None,
+        MOMENTUM=update is not None and update.momenta is not None,
+        SIGN=update is not None and update.sign,
+        DENSE0=dense0,
+        DENSE1=dense1,
+        ROWS=rows,
+        OCTETS=tile,
+        DP4A=target().dp4a,
+        num_warps=warps,
+        **OPTIONS,
+    )
+
+
+def _operands(sweep: Sweep, i: int) -> tuple[Tensor | None, ...]:
+    """Of a tensor, in the order of its columns."""
+    master = None if sweep.masters is None else sweep.masters[i]
+    momenta = None if sweep.update is None else sweep.update.momenta
+    momentum = None if momenta is None else momenta[i]
+    dense = [vectors[i] for vectors in sweep.dense]
+    dense0, dense1 = (*dense, None, None)[:2]
+    return sweep.params[i], sweep.residuals[i], master, momentum, dense0, dense1
+
+
+def _columns(sweep: Sweep, i: int, coeff_row: int) -> Columns:
+    update = sweep.update
+    numbers = (0.0, 0.0) if update is None else (update.decays[i], update.steps[i])
+    addresses = map(address_of, _operands(sweep, i))
+    return Columns._make((*addresses, *float_bits(numbers), coeff_row))
+
+
+def _coefficients(sweep: Sweep, members: list[int]) -> tuple[list[int], list[float]]:
+    """The row of each tensor, and all rows: coefficient, scale and gradient of each direction."""
+    zeros = [0.0] * len(sweep.draws)
+    gradient = repeat(zeros) if sweep.update is None else sweep.update.gradient
+    rows = list(zip(sweep.coeffs, sweep.scales, gradient, strict=False))
+    return coefficient_rows([rows[i] for i in members])
+
+
+def _tile(storage: str, octets: int) -> tuple[int, int]:
+    """Octets of a tile and warps of a block.
+
+    One warp: float32 operands beside half-precision ones go in vectors of other elements, which
+    then change places within the warp. int8 residuals go in vectors of one octet, others of two.
+    """
+    if INTERPRETED.value:
+        return interpreted_tile(octets), 1
+    return (1 if storage == "bf16_int8" else 2) * target().warp_size, 1
