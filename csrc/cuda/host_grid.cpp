@@ -30,9 +30,8 @@ void run(const SweepLaunch& launch) {
 template <Law law>
 void run(const UpdateLaunch& launch) {
     with_masters(launch.storage, launch.masters, [&](auto storage, auto masters) {
-        run_grid(launch.blocks, [&](HostContext at) {
-            update_body<law, storage(), masters()>(at, launch.batch);
-        });
+        run_grid(launch.blocks,
+                 [&](HostContext at) { update_body<law, storage(), masters()>(at, launch.batch); });
     });
 }
 

@@ -241,8 +241,7 @@ std::vector<ProductLaunch> plan_products(const Products& products, ExactProducts
     std::vector<ProductLaunch> launches;
     for (const ProductOperand& operand : plan.operands) {
         if (operand.rows == 0) continue;
-        if (launches.empty() ||
-            launches.back().batch.operand_count == ProductBatch::kMaxOperands) {
+        if (launches.empty() || launches.back().batch.operand_count == ProductBatch::kMaxOperands) {
             if (!launches.empty()) partials += launches.back().blocks;
             launches.push_back(empty);
             launches.back().batch.partials = partials;

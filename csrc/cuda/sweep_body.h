@@ -72,28 +72,32 @@ ZK_FN void sweep_whole(const SweepBatch& batch, const Operand& operand, uint64_t
 template <Law law, Storage storage>
 ZK_FN void sweep_unit(const SweepBatch& batch, const Operand& operand, uint64_t index) {
     const Unit unit = locate(operand, index);
+    char* param = operand.param + unit.first * param_bytes(storage);
+    char* residual = operand.residual + unit.first * residual_bytes(storage);
     float values[1][8];
-    load_values<storage>(operand.param, operand.residual, unit, values[0]);
+    load_values<storage>(param, residual, unit, values[0]);
     displace<law, 0, true>(batch, operand, unit.octet_index, values);
-    store_values<storage>(operand.param, operand.residual, unit, values[0]);
+    store_values<storage>(param, residual, unit, values[0]);
 }
 
 template <Law law, Storage storage, int K, class Context>
 ZK_FN void sweep_body(Context at, const SweepBatch& batch) {
     const uint32_t which = find_operand(batch, at.block());
     const Operand& operand = batch.operands[which];
-    const Share share = share_of(batch, which, at.block());
     const uint64_t per_block = uint64_t(batch.steps) * kThreads;
+    const uint64_t begin = (at.block() - batch.first_blocks[which]) * per_block;
     const uint64_t phase = operand.offset % 8;
-    const bool whole = operand.vectors && operand.rows == 1 && 8 * share.begin >= phase &&
-                       8 * (share.begin + per_block) <= operand.row_length + phase;
+    const bool whole = operand.vectors && operand.rows == 1 && 8 * begin >= phase &&
+                       8 * (begin + per_block) <= operand.row_length + phase;
     if (whole) {
         if (batch.scaled)
-            sweep_whole<law, storage, K, true>(batch, operand, share.begin + at.thread());
+            sweep_whole<law, storage, K, true>(batch, operand, begin + at.thread());
         else
-            sweep_whole<law, storage, K, false>(batch, operand, share.begin + at.thread());
+            sweep_whole<law, storage, K, false>(batch, operand, begin + at.thread());
     } else {
-        for (uint64_t index = share.begin + at.thread(); index < share.end; index += kThreads)
+        const uint64_t units = units_of(operand);
+        const uint64_t end = begin + per_block < units ? begin + per_block : units;
+        for (uint64_t index = begin + at.thread(); index < end; index += kThreads)
             sweep_unit<law, storage>(batch, operand, index);
     }
 }

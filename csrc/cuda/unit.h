@@ -86,20 +86,18 @@ ZK_FN Unit locate(const Extent& extent, uint64_t index) {
             extent.vectors && mask == 0xFFu};
 }
 
+// Of an octet whose first element lies, or would lie, at `at`.
 template <int bytes>
-ZK_FN Octet<bytes> load(const void* operand, const Unit& unit) {
-    if constexpr (bytes == 0) {
+ZK_FN Octet<bytes> load(const char* at, const Unit& unit) {
+    if constexpr (bytes == 0)
         return {};
-    } else {
-        const char* at = static_cast<const char*>(operand) + unit.first * bytes;
+    else
         return unit.vectors ? load_vectors<bytes>(at) : load_some<bytes>(at, unit.mask);
-    }
 }
 
 template <int bytes>
-ZK_FN void store(void* operand, const Unit& unit, const Octet<bytes>& octet) {
+ZK_FN void store(char* at, const Unit& unit, const Octet<bytes>& octet) {
     if constexpr (bytes > 0) {
-        char* at = static_cast<char*>(operand) + unit.first * bytes;
         if (unit.vectors)
             store_vectors<bytes>(at, octet);
         else
@@ -109,7 +107,7 @@ ZK_FN void store(void* operand, const Unit& unit, const Octet<bytes>& octet) {
 
 // Elements that do not exist are read as zeros.
 template <Storage storage>
-ZK_FN void load_values(const void* param, const void* residual, const Unit& unit, float* values) {
+ZK_FN void load_values(const char* param, const char* residual, const Unit& unit, float* values) {
     StoredOctet<storage> stored;
     stored.param = load<param_bytes(storage)>(param, unit);
     stored.residual = load<residual_bytes(storage)>(residual, unit);
@@ -117,27 +115,34 @@ ZK_FN void load_values(const void* param, const void* residual, const Unit& unit
 }
 
 template <Storage storage>
-ZK_FN void store_values(void* param, void* residual, const Unit& unit, const float* values) {
+ZK_FN void store_values(char* param, char* residual, const Unit& unit, const float* values) {
     const StoredOctet<storage> stored = encode<storage>(values);
     store<param_bytes(storage)>(param, unit, stored.param);
     store<residual_bytes(storage)>(residual, unit, stored.residual);
 }
 
-ZK_FN void load_floats(const float* floats, const Unit& unit, float* values) {
-    load_values<Storage::fp32>(floats, nullptr, unit, values);
+// Of an operand and its residual, if it has one.
+template <Storage storage>
+ZK_FN void load_from(const void* param, const void* residual, const Unit& unit, float* values) {
+    load_values<storage>(static_cast<const char*>(param) + unit.first * param_bytes(storage),
+                         static_cast<const char*>(residual) + unit.first * residual_bytes(storage),
+                         unit, values);
 }
 
-ZK_FN void store_floats(float* floats, const Unit& unit, const float* values) {
-    store_values<Storage::fp32>(floats, nullptr, unit, values);
+template <Storage storage>
+ZK_FN void store_to(void* param, void* residual, const Unit& unit, const float* values) {
+    store_values<storage>(static_cast<char*>(param) + unit.first * param_bytes(storage),
+                          static_cast<char*>(residual) + unit.first * residual_bytes(storage), unit,
+                          values);
 }
 
 ZK_FN void load_dense(const DenseTensor& dense, const Unit& unit, float* values) {
     if (dense.type == Storage::bf16)
-        load_values<Storage::bf16>(dense.data, nullptr, unit, values);
+        load_from<Storage::bf16>(dense.data, nullptr, unit, values);
     else if (dense.type == Storage::fp16)
-        load_values<Storage::fp16>(dense.data, nullptr, unit, values);
+        load_from<Storage::fp16>(dense.data, nullptr, unit, values);
     else
-        load_values<Storage::fp32>(dense.data, nullptr, unit, values);
+        load_from<Storage::fp32>(dense.data, nullptr, unit, values);
 }
 
 }  // namespace zokern

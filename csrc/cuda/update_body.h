@@ -42,13 +42,14 @@ template <bool masters>
 ZK_FN void settle(const UpdateBatch& batch, const UpdateOperand& operand, const Unit& unit,
                   float* t, const float* u) {
     if (batch.updates) {
-        if (operand.momentum != nullptr) store_floats(operand.momentum, unit, u);
+        if (operand.momentum != nullptr)
+            store_to<Storage::fp32>(operand.momentum, nullptr, unit, u);
         ZK_UNROLL
         for (int j = 0; j < 8; ++j)
             t[j] = fma32(operand.step, batch.sign ? sign_of(u[j]) : u[j], t[j]);
     }
     if constexpr (masters) {
-        if (batch.rest > 0) store_floats(operand.master, unit, t);
+        if (batch.rest > 0) store_to<Storage::fp32>(operand.master, nullptr, unit, t);
     }
 }
 
@@ -57,11 +58,11 @@ ZK_FN void update_unit(const UpdateBatch& batch, const UpdateOperand& operand, u
     const Unit unit = locate(operand, index);
     float t[8], u[8] = {};
     if constexpr (masters)
-        load_floats(operand.master, unit, t);
+        load_from<Storage::fp32>(operand.master, nullptr, unit, t);
     else
-        load_values<storage>(operand.param, operand.residual, unit, t);
+        load_from<storage>(operand.param, operand.residual, unit, t);
     if (batch.updates && operand.momentum != nullptr) {
-        load_floats(operand.momentum, unit, u);
+        load_from<Storage::fp32>(operand.momentum, nullptr, unit, u);
         ZK_UNROLL
         for (int j = 0; j < 8; ++j) u[j] = operand.decay * u[j];
     }
@@ -73,7 +74,7 @@ ZK_FN void update_unit(const UpdateBatch& batch, const UpdateOperand& operand, u
         // Behind the place of rest u is of no more use, and may change.
         move_along(batch, operand.first_factor + k, z, t, u);
     }
-    store_values<storage>(operand.param, operand.residual, unit, t);
+    store_to<storage>(operand.param, operand.residual, unit, t);
 }
 
 template <Law law, Storage storage, bool masters, class Context>
