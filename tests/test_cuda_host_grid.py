@@ -135,7 +135,8 @@ def in_memory(value: torch.Tensor, start: int, memory: list) -> torch.Tensor:
 def check_form(storage: str, layout: list, k: int, *, masters: bool, **arguments) -> None:
     """As `check`, for a sweep with all there is, half of its draws dense directions.
 
-    The layout is of (elements, first element of params, of masters and momenta, of directions).
+    The layout is of (elements, first element of params, of masters, of momenta, of directions).
+    Where k is odd, the momenta are a direction too.
     """
     dtype, residual_dtype = test_perturb.STORAGES[storage]
     count = len(layout)
@@ -158,7 +159,7 @@ def check_form(storage: str, layout: list, k: int, *, masters: bool, **arguments
         with_residuals = residual_dtype is not None and not masters
         params = tensors(0, dtype)
         residuals = tensors(0, residual_dtype) if with_residuals else [None] * count
-        momenta = tensors(1, torch.float32)
+        momenta = tensors(2, torch.float32)
         update = ops.Update(rows(), [0.9] * count, [0.1] * count, momenta)
         draws = [choose.getrandbits(32) for _ in range(k)]
         draws[: k // 2] = [choose.choice([~0, ~1]) for _ in range(k // 2)]
@@ -169,7 +170,7 @@ def check_form(storage: str, layout: list, k: int, *, masters: bool, **arguments
                 rows(),
                 residuals=residuals,
                 masters=tensors(1, torch.float32) if masters else None,
-                dense=[tensors(2, torch.bfloat16), momenta],
+                dense=[tensors(3, torch.bfloat16), momenta if k % 2 else tensors(3, torch.float32)],
                 update=replace(update, sign=choose.random() < 0.5),
                 rest=k - k // 4,
                 seed=2**64 - 3,
@@ -187,7 +188,11 @@ FORMS = [(storage, False) for storage in test_perturb.STORAGES] + [
 
 @pytest.mark.parametrize(("storage", "masters"), FORMS)
 @pytest.mark.parametrize("offset", [0, 3, LAST], ids=str)
-@pytest.mark.parametrize("starts", [(0, 0, 0), (3, 3, 3), (0, 0, 1), (8, 1, 0), (1, 4, 8)])
+@pytest.mark.parametrize(
+    "starts",
+    [(0, 0, 0, 0), (3, 3, 3, 3), (1, 0, 0, 0), (8, 1, 0, 0), (0, 4, 1, 0), (0, 0, 0, 1)],
+    ids=str,
+)
 def test_forms_at_offsets_and_alignments(storage, masters, offset, starts):
     numel = BLOCK + 10
     check_form(storage, [(numel, *starts)], 4, masters=masters, shards=[(offset, numel, numel)])
@@ -200,7 +205,7 @@ def test_forms_at_offsets_and_alignments(storage, masters, offset, starts):
 )
 def test_forms_of_row_shards(storage, masters, offset, rows, length, stride):
     start = offset % 8
-    layout = [(rows * length, start, start, start), (rows * length, 0, 0, 0)]
+    layout = [(rows * length, *[start] * 4), (rows * length, *[0] * 4)]
     check_form(storage, layout, 3, masters=masters, shards=[(offset, length, stride)] * 2)
 
 
@@ -209,7 +214,7 @@ def test_forms_of_row_shards(storage, masters, offset, rows, length, stride):
 def test_forms_of_more_tensors_than_a_launch_takes(count, k, masters):
     choose = random.Random(0)
     layout = [
-        (choose.choice([0, 1, 8, 100, 257]), *(choose.choice([0, 0, 1]) for _ in range(3)))
+        (choose.choice([0, 1, 8, 100, 257]), *(choose.choice([0, 0, 1]) for _ in range(4)))
         for _ in range(count)
     ]
     ids = [choose.getrandbits(56) for _ in range(count)]
@@ -217,9 +222,9 @@ def test_forms_of_more_tensors_than_a_launch_takes(count, k, masters):
 
 
 def test_the_bound_of_directions_of_a_form():
-    check_form("bf16", [(20, 0, 0, 0)], 1024, masters=True)
+    check_form("bf16", [(20, 0, 0, 0, 0)], 1024, masters=True)
     with pytest.raises(RuntimeError, match=r"1025 directions.* 1024 at most"):
-        check_form("bf16", [(20, 0, 0, 0)], 1025, masters=True)
+        check_form("bf16", [(20, 0, 0, 0, 0)], 1025, masters=True)
 
 
 @pytest.mark.parametrize("law", test_perturb.DIRECTIONS)
