@@ -122,6 +122,12 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("host_grid_sweep", &host_grid_sweep, no_gil);
     m.def(
+        "host_grid_inner_products",
+        [](const Products& products, uintptr_t out) {
+            host_grid_inner_products(products, reinterpret_cast<double*>(out));
+        },
+        no_gil);
+    m.def(
         "host_grid_sample",
         [](int law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id, int64_t offset,
            uintptr_t out) {
@@ -134,6 +140,21 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_architectures", &cuda_architectures);
     m.def("cuda_why_not", &cuda_why_not);
     m.def("cuda_sweep", &cuda_sweep, no_gil);
+    m.def("count_partials", &count_partials);
+    m.def(
+        "cuda_inner_products",
+        [](const Products& products, uintptr_t partials, int device, uintptr_t stream) {
+            cuda_inner_products(products, reinterpret_cast<ExactProducts*>(partials), device,
+                                stream);
+        },
+        no_gil);
+    m.def(
+        "sum_partials",
+        [](const Products& products, uintptr_t partials, uintptr_t out) {
+            sum_partials(products, reinterpret_cast<const ExactProducts*>(partials),
+                         reinterpret_cast<double*>(out));
+        },
+        no_gil);
     m.def(
         "cuda_sample",
         [](int law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id, int64_t offset,

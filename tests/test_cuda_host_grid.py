@@ -1,12 +1,13 @@
 """The bodies and the launch plans of the CUDA kernels, run over a simulated grid without a GPU."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 import zokern
-from tests import test_perturb
+from tests import test_inner_products, test_perturb, test_sweep_forms
 from tests.same_bits import same_bits
 from zokern import noise, ops
 
@@ -20,6 +21,11 @@ LAST = (8 << 32) - 40_000  # close to the last element that gauss16 counts
 def _simulated_grid(monkeypatch):
     """What the native backend runs on the CPU goes to the simulated grid."""
     monkeypatch.setattr(_C, "cpu_sweep", lambda sweep, *_: _C.host_grid_sweep(sweep))
+    monkeypatch.setattr(
+        _C,
+        "cpu_inner_products",
+        lambda products, out, *_: _C.host_grid_inner_products(products, out),
+    )
     monkeypatch.setattr(_C, "cpu_sample", lambda *arguments: _C.host_grid_sample(*arguments[:7]))
     monkeypatch.setenv("ZOKERN_BACKEND", "native")
 
@@ -113,6 +119,147 @@ def test_more_tensors_than_a_launch_takes(count, k):
     scales = [[choose.choice([1.0, 0.5]) for _ in range(k)] for _ in range(count)]
     check("bf16", layout, draws, coeffs, scales=scales, tensor_ids=ids)
     check("bf16", layout, draws, coeffs[0], tensor_ids=ids)
+
+
+@pytest.mark.parametrize(("law", "storage", "form"), test_sweep_forms.CASES)
+def test_forms_of_sweeps(law, storage, form):
+    test_sweep_forms.test_backends_agree("host grid", law, storage, form)
+
+
+def in_memory(value: torch.Tensor, start: int, memory: list) -> torch.Tensor:
+    """A copy that begins at an element of memory of its own, which is added to the list."""
+    memory.append(torch.full((start + value.numel() + 9,), 77, dtype=value.dtype))
+    return memory[-1][start : start + value.numel()].copy_(value)
+
+
+def check_form(storage: str, layout: list, k: int, *, masters: bool, **arguments) -> None:
+    """As `check`, for a sweep with all there is, half of its draws dense directions.
+
+    The layout is of (elements, first element of params, of masters, of momenta, of directions).
+    Where k is odd, the momenta are a direction too.
+    """
+    dtype, residual_dtype = test_perturb.STORAGES[storage]
+    count = len(layout)
+    results = []
+    for backend in ("native", "reference"):
+        choose = random.Random(k)
+        generator = torch.Generator().manual_seed(k)
+        memory: list[torch.Tensor] = []
+
+        def tensors(column, kind, generator=generator, memory=memory):
+            values = [torch.randn(numel, generator=generator) for numel, *_ in layout]
+            return [
+                in_memory(value.to(kind), starts[column], memory)
+                for value, (_, *starts) in zip(values, layout, strict=True)
+            ]
+
+        def rows(choose=choose):
+            return [[choose.uniform(-0.1, 0.1) for _ in range(k)] for _ in layout]
+
+        with_residuals = residual_dtype is not None and not masters
+        params = tensors(0, dtype)
+        residuals = tensors(0, residual_dtype) if with_residuals else [None] * count
+        momenta = tensors(2, torch.float32)
+        update = ops.Update(rows(), [0.9] * count, [0.1] * count, momenta)
+        draws = [choose.getrandbits(32) for _ in range(k)]
+        draws[: k // 2] = [choose.choice([~0, ~1]) for _ in range(k // 2)]
+        with zokern.use_backend(backend):
+            ops.perturb_(
+                params,
+                draws,
+                rows(),
+                residuals=residuals,
+                masters=tensors(1, torch.float32) if masters else None,
+                dense=[tensors(3, torch.bfloat16), momenta if k % 2 else tensors(3, torch.float32)],
+                update=replace(update, sign=choose.random() < 0.5),
+                rest=k - k // 4,
+                seed=2**64 - 3,
+                **arguments,
+            )
+        results.append(memory)
+    for i, (got, wanted) in enumerate(zip(*results, strict=True)):
+        assert same_bits(got, wanted), f"memory {i}"
+
+
+FORMS = [(storage, False) for storage in test_perturb.STORAGES] + [
+    (storage, True) for storage in ("fp32", "bf16", "fp16")
+]
+
+
+@pytest.mark.parametrize(("storage", "masters"), FORMS)
+@pytest.mark.parametrize("offset", [0, 3, LAST], ids=str)
+@pytest.mark.parametrize(
+    "starts",
+    [(0, 0, 0, 0), (3, 3, 3, 3), (1, 0, 0, 0), (8, 1, 0, 0), (0, 4, 1, 0), (0, 0, 0, 1)],
+    ids=str,
+)
+def test_forms_at_offsets_and_alignments(storage, masters, offset, starts):
+    numel = BLOCK + 10
+    check_form(storage, [(numel, *starts)], 4, masters=masters, shards=[(offset, numel, numel)])
+
+
+@pytest.mark.parametrize(("storage", "masters"), FORMS)
+@pytest.mark.parametrize(
+    ("offset", "rows", "length", "stride"),
+    [(0, 9, 1024, 2048), (3, 9, 1024, 1027), (0, 40, 7, 9), (5, 1000, 1, 8), (1, 2, 9000, 9001)],
+)
+def test_forms_of_row_shards(storage, masters, offset, rows, length, stride):
+    start = offset % 8
+    layout = [(rows * length, *[start] * 4), (rows * length, *[0] * 4)]
+    check_form(storage, layout, 3, masters=masters, shards=[(offset, length, stride)] * 2)
+
+
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize(("count", "k"), [(250, 2), (70, 33)])
+def test_forms_of_more_tensors_than_a_launch_takes(count, k, masters):
+    choose = random.Random(0)
+    layout = [
+        (choose.choice([0, 1, 8, 100, 257]), *(choose.choice([0, 0, 1]) for _ in range(4)))
+        for _ in range(count)
+    ]
+    ids = [choose.getrandbits(56) for _ in range(count)]
+    check_form("bf16", layout, k, masters=masters, tensor_ids=ids)
+
+
+def test_the_bound_of_directions_of_a_form():
+    check_form("bf16", [(20, 0, 0, 0, 0)], 1024, masters=True)
+    with pytest.raises(RuntimeError, match=r"1025 directions.* 1024 at most"):
+        check_form("bf16", [(20, 0, 0, 0, 0)], 1025, masters=True)
+
+
+@pytest.mark.parametrize("law", test_perturb.DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_products_with_noise(law, dtype):
+    test_inner_products.test_backends_agree("host grid", law, dtype)
+
+
+def test_products_are_exact():
+    test_inner_products.test_cancellation_leaves_the_sum_exact("host grid")
+
+
+@pytest.mark.parametrize("offset", [0, 3, LAST], ids=str)
+@pytest.mark.parametrize("start", [0, 1], ids=lambda start: f"start{start}")
+def test_products_of_many_tensors(offset, start):
+    """More than a launch takes, most of a part of a block, one of many blocks."""
+    choose = random.Random(0)
+    numels = [choose.choice([0, 1, 8, 100, 257]) for _ in range(600)]
+    numels[300] = 3 * BLOCK + 5
+    vectors = [torch.randn(start + numel)[start:] for numel in numels]
+    shards = [(offset, numel, numel) for numel in numels]
+    got = ops.inner_products(vectors, 5, seed=1, shards=shards)
+    with zokern.use_backend("reference"):
+        wanted = ops.inner_products(vectors, 5, seed=1, shards=shards)
+    assert torch.equal(got.float(), wanted.float())
+    assert torch.allclose(got, wanted, rtol=1e-15, atol=0)
+
+
+def test_products_in_long_blocks():
+    """Where there is much to do, the number of blocks stays the same; noise of ±1 counts."""
+    numel = 2048 * 2 * BLOCK + 77
+    ones = torch.ones(numel, dtype=torch.bfloat16)
+    vv, vz, zz = ops.inner_products([ones], 5, seed=1, law="rademacher")[0].tolist()
+    assert vv == zz == numel
+    assert vz == noise.sample("rademacher", numel, seed=1, draw=5).sum(dtype=torch.float64)
 
 
 def test_storages_mixed_in_one_call():

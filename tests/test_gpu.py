@@ -1,6 +1,7 @@
 """On a GPU: the native and Triton kernels against the reference on the CPU, streams, devices."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import zokern
 from tests.same_bits import same_bits
 from tests.test_mezo import loss_of, make_model, same_weights
 from tests.test_perturb import DIRECTIONS, STORAGES, clone, make_operands
+from tests.test_sweep_forms import CASES, FORMS, make_case
 from zokern import noise, ops
 
 pytestmark = pytest.mark.gpu
@@ -23,6 +25,8 @@ def gpu_backend(request, monkeypatch):
 
 
 def to_gpu(tensors):
+    if tensors is None:
+        return None
     return [None if t is None else torch.empty_like(t, device="cuda").copy_(t) for t in tensors]
 
 
@@ -50,6 +54,55 @@ def test_sweeps_are_those_of_the_reference(gpu_backend, law, storage, k):
         assert same_bits(a.cpu(), b), f"params[{i}]"
     for i, (a, b) in enumerate(zip(got_residuals, wanted_residuals, strict=True)):
         assert a is b or same_bits(a.cpu(), b), f"residuals[{i}]"
+
+
+@pytest.mark.parametrize(("law", "storage", "form"), CASES)
+def test_forms_of_sweeps_are_those_of_the_reference(gpu_backend, law, storage, form):
+    case = make_case(law, storage, FORMS[form])
+    update = case.update
+    if update is not None:
+        update = replace(update, momenta=to_gpu(update.momenta))
+    arguments = case.arguments | {"dense": [to_gpu(vectors) for vectors in case.arguments["dense"]]}
+    on_gpu = replace(
+        case,
+        params=to_gpu(case.params),
+        residuals=to_gpu(case.residuals),
+        masters=to_gpu(case.masters),
+        momenta=to_gpu(case.momenta),
+        arguments=arguments,
+        update=update,
+    )
+    got = on_gpu.run()
+    with zokern.use_backend("reference"):
+        wanted = case.run()
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        assert a.is_cuda
+        assert same_bits(a.cpu(), b), f"operand {i}"
+
+
+@pytest.mark.parametrize("law", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_inner_products_are_those_of_the_reference(gpu_backend, law, dtype):
+    vectors, _, shards = make_operands("fp32")
+    vectors = [vector.nan_to_num(0, 1, -1).clamp(-9, 9).to(dtype) for vector in vectors]
+    arguments = {"seed": 2**63 + 5, "law": law, "shards": shards}
+    got = ops.inner_products(to_gpu(vectors), 77, **arguments)
+    with zokern.use_backend("reference"):
+        wanted = ops.inner_products(vectors, 77, **arguments)
+    assert got.device.type == "cpu"
+    assert torch.equal(got.float(), wanted.float())
+    assert torch.allclose(got, wanted, rtol=1e-15, atol=0)
+
+
+def test_inner_products_of_a_large_tensor(gpu_backend):
+    if gpu_backend == "reference":
+        pytest.skip("the reference would take too long")
+    numel = (1 << 26) + 77
+    ones = torch.ones(numel, dtype=torch.bfloat16, device="cuda")
+    vv, vz, zz = ops.inner_products([ones], 5, seed=1, law="rademacher")[0].tolist()
+    assert vv == zz == numel
+    z = noise.sample("rademacher", numel, seed=1, draw=5, device="cuda")
+    assert vz == z.sum(dtype=torch.float64).item()
 
 
 @pytest.mark.parametrize("law", noise.LAWS)

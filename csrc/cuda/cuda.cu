@@ -6,6 +6,7 @@
 
 #include "cuda.h"
 #include "plan.h"
+#include "product_body.h"
 #include "sample_body.h"
 #include "sweep_kernel.cuh"
 
@@ -46,6 +47,43 @@ __global__ void __launch_bounds__(kThreads)
     sample_body<law>(DeviceContext(), batch);
 }
 
+template <Law law>
+__global__ void __launch_bounds__(kThreads)
+    product_global(const __grid_constant__ ProductBatch batch) {
+    __shared__ ExactProducts sums[kThreads];
+    product_body<law>(DeviceContext(), batch, sums);
+}
+
+template <Law law>
+auto kernel_for(const SweepLaunch& launch) {
+    return sweep_kernel<law>(launch.storage, launch.batch.directions);
+}
+
+template <Law law>
+auto kernel_for(const UpdateLaunch& launch) {
+    return update_kernel<law>(launch.storage, launch.masters);
+}
+
+template <Law law>
+auto kernel_for(const ProductLaunch&) {
+    return product_global<law>;
+}
+
+template <class Launch>
+void launch_all(Law law, const std::vector<Launch>& launches, int device, uintptr_t stream,
+                const char* what) {
+    if (launches.empty()) return;
+    const DeviceGuard guard(device);
+    with_direction(law, [&](auto law) {
+        for (const Launch& launch : launches) {
+            const auto kernel = kernel_for<law()>(launch);
+            kernel<<<launch.blocks, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+                launch.batch);
+            check(cudaGetLastError(), what);
+        }
+    });
+}
+
 std::string version(int capability) {
     return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
 }
@@ -60,17 +98,17 @@ bool can_run(int capability, const std::vector<int>& compiled) {
 }  // namespace
 
 void cuda_sweep(const Sweep& sweep, int device, uintptr_t stream) {
-    const std::vector<SweepLaunch> launches = plan_sweep(sweep);
-    if (launches.empty()) return;
-    const DeviceGuard guard(device);
-    with_direction(sweep.law, [&](auto law) {
-        for (const SweepLaunch& launch : launches) {
-            const SweepKernel kernel = sweep_kernel<law()>(launch.storage, launch.batch.directions);
-            kernel<<<launch.blocks, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-                launch.batch);
-            check(cudaGetLastError(), "the launch of a sweep");
-        }
-    });
+    constexpr const char* what = "the launch of a sweep";
+    if (sweep.plain)
+        launch_all(sweep.law, plan_sweep(sweep), device, stream, what);
+    else
+        launch_all(sweep.law, plan_update(sweep), device, stream, what);
+}
+
+void cuda_inner_products(const Products& products, ExactProducts* partials, int device,
+                         uintptr_t stream) {
+    launch_all(products.law, plan_products(products, partials), device, stream,
+               "the launch of inner products");
 }
 
 void cuda_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "../sums.h"
 #include "../sweep.h"
 
 namespace zokern {
@@ -14,6 +15,13 @@ namespace zokern {
 
 // At most kMaxDirections (plan.h) directions; more are an error.
 void cuda_sweep(const Sweep& sweep, int device, uintptr_t stream);
+
+// Partial sums, as many as count_partials says; sum_partials makes of them, once they are on the
+// host, three sums v·v, v·z, z·z for each tensor.
+void cuda_inner_products(const Products& products, ExactProducts* partials, int device,
+                         uintptr_t stream);
+size_t count_partials(const Products& products);
+void sum_partials(const Products& products, const ExactProducts* partials, double* out);
 
 // Elements offset … offset + numel - 1 of a draw: float for gauss16, gauss32, rademacher and
 // normal, int64 for uniform32 and rounding16.
@@ -30,6 +38,7 @@ std::string cuda_why_not(int device);
 // The kernels' own bodies, cut into the same launches, one thread after the other on the host.
 // Present in every build.
 void host_grid_sweep(const Sweep& sweep);
+void host_grid_inner_products(const Products& products, double* out);
 void host_grid_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
                       int64_t offset, void* out);
 

@@ -61,6 +61,17 @@ void with_storage(Storage storage, const F& f) {
     throw std::runtime_error("unknown storage " + std::to_string(int(storage)));
 }
 
+// A storage, and whether the values are masters', which no storage with residuals goes with.
+template <class F>
+void with_masters(Storage storage, bool masters, const F& f) {
+    with_storage(storage, [&](auto s) {
+        if constexpr (residual_bytes(s()) == 0) {
+            if (masters) return f(s, Constant<true>());
+        }
+        f(s, Constant<false>());
+    });
+}
+
 // The numbers of directions that have kernels of their own; 0 stands for any number.
 template <class F>
 void with_directions(uint32_t directions, const F& f) {

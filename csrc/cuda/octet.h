@@ -1,6 +1,8 @@
 // Eight elements of a tensor: read, decoded, encoded and written.
 #pragma once
 
+#include <stdexcept>
+
 #include "../storage.h"
 
 namespace zokern {
@@ -19,9 +21,19 @@ struct alignas(bytes == 1 ? 8 : 16) Vector {
     uint32_t words[bytes == 1 ? 2 : 4];
 };
 
+// A GPU faults where a vector is not on its boundary, so a simulated grid must not pass over it.
+template <int bytes>
+ZK_FN void check_boundary([[maybe_unused]] const char* at) {
+#ifndef __CUDA_ARCH__
+    if (reinterpret_cast<uintptr_t>(at) % sizeof(Vector<bytes>) != 0)
+        throw std::logic_error("a vector off its boundary");
+#endif
+}
+
 // From an address that is a multiple of the vector's size.
 template <int bytes>
 ZK_FN Octet<bytes> load_vectors(const char* at) {
+    check_boundary<bytes>(at);
     Octet<bytes> octet;
     constexpr int size = sizeof(Vector<bytes>) / 4;
     ZK_UNROLL
@@ -35,6 +47,7 @@ ZK_FN Octet<bytes> load_vectors(const char* at) {
 
 template <int bytes>
 ZK_FN void store_vectors(char* at, const Octet<bytes>& octet) {
+    check_boundary<bytes>(at);
     constexpr int size = sizeof(Vector<bytes>) / 4;
     ZK_UNROLL
     for (int i = 0; i < 2 * bytes; i += size) {

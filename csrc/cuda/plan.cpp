@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <map>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace zokern {
 namespace {
@@ -14,74 +16,109 @@ constexpr uint64_t kMaxBlocks = (uint64_t(1) << 31) - 1;
 constexpr uint64_t kEnoughBlocks = 4096;
 constexpr uint32_t kMinSteps = 4, kMaxSteps = 16;
 
+// Each leaves partial sums to be copied and added up, so they are no more than keep a GPU busy, but
+// for one more that a tensor may take.
+constexpr uint64_t kProductBlocks = 2048;
+
 uint32_t steps_for(uint64_t units) {
     uint32_t steps = kMinSteps;
     while (steps < kMaxSteps && units / (2 * steps * kThreads) >= kEnoughBlocks) steps *= 2;
     return steps;
 }
 
-bool on_boundaries(const void* base, uint64_t element_bytes, const Operand& o) {
-    const uint64_t boundary = std::min<uint64_t>(16, 8 * element_bytes);
-    const uint64_t origin = reinterpret_cast<uintptr_t>(base) - o.offset * element_bytes;
-    const uint64_t row_shift = (o.row_stride - o.row_length) * element_bytes;
-    return origin % boundary == 0 && (o.rows == 1 || row_shift % boundary == 0);
+// Of the operand at `base`; null where there is none.
+bool on_boundaries(const void* base, int element_bytes, const Extent& e) {
+    if (base == nullptr) return true;
+    const uint64_t bytes = uint64_t(element_bytes), boundary = std::min<uint64_t>(16, 8 * bytes);
+    const uint64_t origin = reinterpret_cast<uintptr_t>(base) - e.offset * bytes;
+    const uint64_t row_shift = (e.row_stride - e.row_length) * bytes;
+    return origin % boundary == 0 && (e.rows == 1 || row_shift % boundary == 0);
 }
 
-Operand describe(const SweepTensor& t, Law law) {
+bool on_boundaries(const DenseTensor& dense, const Extent& e) {
+    return on_boundaries(dense.data, param_bytes(dense.type), e);
+}
+
+// All but `vectors`. The tensor is not empty.
+template <class Tensor>
+Extent extent_of(const Tensor& t, Law law) {
     const Stream stream = make_stream(0, t.tensor_id, 0, law);
-    Operand o{};
+    Extent e{};
+    e.offset = uint64_t(t.offset);
+    const bool one_row = t.row_length == t.numel || t.row_stride == t.row_length;
+    e.row_length = uint64_t(one_row ? t.numel : t.row_length);
+    e.row_stride = uint64_t(one_row ? t.numel : t.row_stride);
+    e.rows = uint64_t(t.numel) / e.row_length;
+    e.reciprocal = ~uint64_t(0) / units_per_row(e);
+    e.c1 = stream.c1;
+    e.c2 = stream.c2;
+    return e;
+}
+
+void describe(const SweepTensor& t, Law law, Operand& o) {
+    static_cast<Extent&>(o) = extent_of(t, law);
     o.param = static_cast<char*>(t.param);
     o.residual = static_cast<char*>(t.residual);
-    o.offset = uint64_t(t.offset);
-    const bool one_row = t.row_length == t.numel || t.row_stride == t.row_length;
-    o.row_length = uint64_t(one_row ? t.numel : t.row_length);
-    o.row_stride = uint64_t(one_row ? t.numel : t.row_stride);
-    o.rows = uint64_t(t.numel) / o.row_length;
-    o.reciprocal = ~uint64_t(0) / units_per_row(o);
-    o.c1 = stream.c1;
-    o.c2 = stream.c2;
-    const int residual_size = residual_bytes(t.storage);
-    o.vectors = on_boundaries(t.param, uint64_t(param_bytes(t.storage)), o) &&
-                (residual_size == 0 || on_boundaries(t.residual, uint64_t(residual_size), o));
-    return o;
+    o.vectors = on_boundaries(t.param, param_bytes(t.storage), o) &&
+                on_boundaries(t.residual, residual_bytes(t.storage), o);
 }
 
-// Fills launches of one storage, one after the other.
+void describe(const SweepTensor& t, Law law, UpdateOperand& o) {
+    describe(t, law, static_cast<Operand&>(o));
+    o.master = t.master;
+    o.momentum = t.momentum;
+    o.decay = t.decay;
+    o.step = t.step;
+    o.vectors = o.vectors && on_boundaries(t.master, sizeof(float), o) &&
+                on_boundaries(t.momentum, sizeof(float), o);
+    for (int slot = 0; slot < kMaxDense; ++slot) {
+        o.dense[slot] = t.dense[slot];
+        o.vectors = o.vectors && on_boundaries(t.dense[slot], o);
+    }
+}
+
+uint64_t blocks_of(const Extent& e, uint32_t steps) {
+    const uint64_t per_block = uint64_t(steps) * kThreads;
+    return (units_of(e) + per_block - 1) / per_block;
+}
+
+// The launch has room for it.
+template <class Launch, class OperandType>
+void append(Launch& launch, const OperandType& operand) {
+    auto& batch = launch.batch;
+    batch.first_blocks[batch.operand_count] = launch.blocks;
+    batch.operands[batch.operand_count++] = operand;
+    launch.blocks += uint32_t(blocks_of(operand, batch.steps));
+}
+
+// Fills launches of one kernel, one after the other.
+template <class BatchType>
 class Packer {
   public:
-    Packer(const Sweep& sweep, Storage storage, uint32_t steps, std::vector<SweepLaunch>& launches)
-        : sweep_(sweep), storage_(storage), steps_(steps), launches_(launches) {}
+    using Launch = MoveLaunch<BatchType>;
 
-    void add(const SweepTensor& tensor, Operand operand) {
-        const uint64_t per_block = uint64_t(steps_) * kThreads;
-        const uint64_t units = operand.rows * units_per_row(operand);
-        const uint64_t blocks = (units + per_block - 1) / per_block;
-        if (launch_ == nullptr || !fits(tensor.row, blocks)) open();
+    // The launches begin as copies of an empty one.
+    Packer(const Sweep& sweep, const Launch& empty, std::vector<Launch>& launches)
+        : sweep_(sweep), empty_(empty), launches_(launches) {}
+
+    template <class OperandType>
+    void add(const SweepTensor& tensor, OperandType operand) {
+        if (launch_ == nullptr || !fits(tensor.row, blocks_of(operand, empty_.batch.steps))) {
+            launches_.push_back(empty_);
+            launch_ = &launches_.back();
+            packed_.clear();
+            factors_ = 0;
+        }
         operand.first_factor = factors_of(tensor.row);
-        SweepBatch& batch = launch_->batch;
-        batch.first_blocks[batch.operand_count] = launch_->blocks;
-        batch.operands[batch.operand_count++] = operand;
-        launch_->blocks += uint32_t(blocks);
+        append(*launch_, operand);
     }
 
   private:
     bool fits(int32_t row, uint64_t blocks) const {
         const bool has_factors =
             packed_.count(row) || factors_ + sweep_.draws.size() <= kMaxFactors;
-        return has_factors && launch_->batch.operand_count < kMaxOperands &&
+        return has_factors && launch_->batch.operand_count < BatchType::kMaxOperands &&
                launch_->blocks + blocks <= kMaxBlocks;
-    }
-
-    void open() {
-        launches_.push_back({storage_, 0, {}});
-        launch_ = &launches_.back();
-        SweepBatch& batch = launch_->batch;
-        std::copy(sweep_.draws.begin(), sweep_.draws.end(), batch.draws);
-        batch.keys = key_schedule(uint32_t(sweep_.seed), uint32_t(sweep_.seed >> 32));
-        batch.directions = uint32_t(sweep_.draws.size());
-        batch.steps = steps_;
-        packed_.clear();
-        factors_ = 0;
     }
 
     uint32_t factors_of(int32_t row) {
@@ -89,6 +126,7 @@ class Packer {
         if (is_new) {
             const size_t count = sweep_.draws.size(), begin = size_t(row) * count;
             for (size_t k = begin; k < begin + count; ++k) {
+                pack_gradient(k, launch_->batch);
                 launch_->batch.factors[factors_++] = {sweep_.coeffs[k], sweep_.scales[k]};
                 launch_->batch.scaled |= sweep_.scales[k] != 1.0f;
             }
@@ -96,14 +134,34 @@ class Packer {
         return entry->second;
     }
 
+    void pack_gradient(size_t k, UpdateBatch& batch) const {
+        if (sweep_.updates) batch.gradient[factors_] = sweep_.gradient[k];
+    }
+    void pack_gradient(size_t, SweepBatch&) const {}
+
     const Sweep& sweep_;
-    const Storage storage_;
-    const uint32_t steps_;
-    std::vector<SweepLaunch>& launches_;
-    SweepLaunch* launch_ = nullptr;
+    const Launch empty_;
+    std::vector<Launch>& launches_;
+    Launch* launch_ = nullptr;
     std::map<int32_t, uint32_t> packed_;  // row → its first factor
     uint32_t factors_ = 0;
 };
+
+template <class OperandType, uint32_t capacity>
+void begin(const Sweep& sweep, MoveBatch<OperandType, capacity>& batch) {
+    for (size_t k = 0; k < sweep.draws.size(); ++k) batch.draws[k] = uint32_t(sweep.draws[k]);
+    batch.keys = key_schedule(uint32_t(sweep.seed), uint32_t(sweep.seed >> 32));
+    batch.directions = uint32_t(sweep.draws.size());
+}
+
+void begin(const Sweep& sweep, UpdateBatch& batch) {
+    begin(sweep, static_cast<MoveBatch<UpdateOperand, UpdateBatch::kMaxOperands>&>(batch));
+    for (size_t k = 0; k < sweep.draws.size(); ++k)
+        batch.dense[k / 32] |= uint32_t(sweep.draws[k] < 0) << (k % 32);
+    batch.rest = uint32_t(sweep.rest);
+    batch.updates = sweep.updates;
+    batch.sign = sweep.sign;
+}
 
 void check_directions(size_t count) {
     if (count > kMaxDirections)
@@ -111,27 +169,99 @@ void check_directions(size_t count) {
                                  std::to_string(kMaxDirections) + " at most");
 }
 
-}  // namespace
-
-std::vector<SweepLaunch> plan_sweep(const Sweep& sweep) {
+template <class BatchType>
+std::vector<MoveLaunch<BatchType>> plan(const Sweep& sweep) {
+    using OperandType = std::remove_extent_t<decltype(BatchType::operands)>;
     check_directions(sweep.draws.size());
-    // A launch has one storage; the order of the launches does not matter.
-    std::map<Storage, std::vector<const SweepTensor*>> by_storage;
+    // A launch has one kernel; the order of the launches does not matter.
+    std::map<std::pair<Storage, bool>, std::vector<const SweepTensor*>> by_kernel;
     for (const SweepTensor& tensor : sweep.tensors)
-        if (tensor.numel > 0) by_storage[tensor.storage].push_back(&tensor);
+        if (tensor.numel > 0)
+            by_kernel[{tensor.storage, tensor.master != nullptr}].push_back(&tensor);
 
-    std::vector<SweepLaunch> launches;
-    for (const auto& [storage, tensors] : by_storage) {
-        std::vector<Operand> operands;
+    std::vector<MoveLaunch<BatchType>> launches;
+    for (const auto& [kernel, tensors] : by_kernel) {
+        std::vector<OperandType> operands(tensors.size());
         uint64_t units = 0;
-        for (const SweepTensor* tensor : tensors) {
-            operands.push_back(describe(*tensor, sweep.law));
-            units += operands.back().rows * units_per_row(operands.back());
+        for (size_t i = 0; i < tensors.size(); ++i) {
+            describe(*tensors[i], sweep.law, operands[i]);
+            units += units_of(operands[i]);
         }
-        Packer packer(sweep, storage, steps_for(units), launches);
+        MoveLaunch<BatchType> empty{kernel.first, kernel.second, 0, {}};
+        begin(sweep, empty.batch);
+        empty.batch.steps = steps_for(units);
+        Packer<BatchType> packer(sweep, empty, launches);
         for (size_t i = 0; i < tensors.size(); ++i) packer.add(*tensors[i], operands[i]);
     }
     return launches;
+}
+
+// The products' operands, those of empty tensors without rows, and the steps of their blocks.
+struct ProductPlan {
+    std::vector<ProductOperand> operands;
+    uint32_t steps;
+};
+
+ProductPlan describe(const Products& products) {
+    ProductPlan plan{};
+    uint64_t units = 0;
+    for (const ProductTensor& tensor : products.tensors) {
+        ProductOperand o{};
+        if (tensor.numel > 0) static_cast<Extent&>(o) = extent_of(tensor, products.law);
+        o.vector = tensor.vector;
+        o.vectors = on_boundaries(o.vector, o);
+        plan.operands.push_back(o);
+        units += units_of(o);
+    }
+    constexpr uint64_t units_at_once = kProductBlocks * kThreads;
+    plan.steps = std::max(kMinSteps, uint32_t((units + units_at_once - 1) / units_at_once));
+    return plan;
+}
+
+}  // namespace
+
+std::vector<SweepLaunch> plan_sweep(const Sweep& sweep) { return plan<SweepBatch>(sweep); }
+
+std::vector<UpdateLaunch> plan_update(const Sweep& sweep) { return plan<UpdateBatch>(sweep); }
+
+std::vector<uint32_t> product_blocks(const Products& products) {
+    const ProductPlan plan = describe(products);
+    std::vector<uint32_t> blocks;
+    for (const ProductOperand& operand : plan.operands)
+        blocks.push_back(uint32_t(blocks_of(operand, plan.steps)));
+    return blocks;
+}
+
+std::vector<ProductLaunch> plan_products(const Products& products, ExactProducts* partials) {
+    const ProductPlan plan = describe(products);
+    ProductLaunch empty{};
+    empty.batch.keys = key_schedule(uint32_t(products.seed), uint32_t(products.seed >> 32));
+    empty.batch.steps = plan.steps;
+    empty.batch.draw = products.draw;
+    std::vector<ProductLaunch> launches;
+    for (const ProductOperand& operand : plan.operands) {
+        if (operand.rows == 0) continue;
+        if (launches.empty() || launches.back().batch.operand_count == ProductBatch::kMaxOperands) {
+            if (!launches.empty()) partials += launches.back().blocks;
+            launches.push_back(empty);
+            launches.back().batch.partials = partials;
+        }
+        append(launches.back(), operand);
+    }
+    return launches;
+}
+
+size_t count_partials(const Products& products) {
+    const std::vector<uint32_t> blocks = product_blocks(products);
+    return std::accumulate(blocks.begin(), blocks.end(), size_t(0));
+}
+
+void sum_partials(const Products& products, const ExactProducts* partials, double* out) {
+    for (const uint32_t blocks : product_blocks(products)) {
+        ExactProducts total{};
+        for (uint32_t block = 0; block < blocks; ++block) add(total, *partials++);
+        for (const ExactSum& sum : {total.vv, total.vz, total.zz}) *out++ = sum.high + sum.low;
+    }
 }
 
 SampleLaunch plan_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,

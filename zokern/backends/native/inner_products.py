@@ -14,8 +14,22 @@ def inner_products(products: InnerProducts) -> Tensor:
     vectors = [vector.contiguous() for vector in products.vectors]
     packed = pack(products, vectors)
     out = torch.empty(len(vectors), 3, dtype=torch.float64)
-    _C.cpu_inner_products(packed, out.data_ptr(), cpu_capability(), torch.get_num_threads())
+    device = vectors[0].device
+    if device.type == "cpu":
+        _C.cpu_inner_products(packed, out.data_ptr(), cpu_capability(), torch.get_num_threads())
+    else:
+        partials = partial_sums(packed, device)
+        _C.sum_partials(packed, partials.data_ptr(), out.data_ptr())
     return out
+
+
+def partial_sums(packed: _C.Products, device: torch.device) -> Tensor:
+    """The sums of each block, copied to the CPU."""
+    with torch.cuda.device(device):
+        partials = torch.empty(_C.count_partials(packed), 6, dtype=torch.float64, device=device)
+        stream = torch.cuda.current_stream().cuda_stream
+        _C.cuda_inner_products(packed, partials.data_ptr(), device.index, stream)
+        return partials.cpu()
 
 
 def pack(products: InnerProducts, vectors: list[Tensor]) -> _C.Products:
