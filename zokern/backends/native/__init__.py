@@ -12,9 +12,9 @@ try:
 except ImportError as error:
     _missing = str(error)
 else:
-    from zokern.backends.native.inner_products import inner_products
     from zokern.backends.native.noise import sample
     from zokern.backends.native.perturb import perturb_
+    from zokern.backends.native.products import inner_products
 
 __all__ = ["inner_products", "perturb_", "sample", "why_not", "why_not_by_default"]
 

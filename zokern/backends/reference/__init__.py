@@ -2,9 +2,9 @@
 
 import torch
 
-from zokern.backends.reference.inner_products import inner_products
 from zokern.backends.reference.noise import sample
 from zokern.backends.reference.perturb import perturb_
+from zokern.backends.reference.products import inner_products
 
 __all__ = ["inner_products", "perturb_", "sample", "why_not", "why_not_by_default"]
 
