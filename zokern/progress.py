@@ -1,4 +1,4 @@
-"""Progress bars, where tqdm is installed."""
+"""Progress bars."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,13 +6,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress_bar(
-    total: int, what: str, unit: str, *, shown: bool = True
-) -> Iterator[Callable[[int], None]]:
+    total: int, what: str, unit: str, *, shown: bool
+) -> Iterator[Callable[[int], object]]:
     """A bar, as a function that moves it on."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
+    if not shown:
         yield lambda amount: None
         return
-    with tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=not shown) as bar:
-        yield lambda amount: bar.update(amount) and None
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=True) as bar:
+        yield bar.update

@@ -116,7 +116,7 @@ class _Replay:
                 yield number, settings
             last = settings
 
-    def run(self, advance: Callable[[int], None]) -> None:
+    def run(self, advance: Callable[[int], object]) -> None:
         settings: dict[str, Any] = {}
         for number, (record, current) in enumerate(self._trajectory, self._first_step):
             if current is not settings:
