@@ -73,14 +73,20 @@ void sweep_block(const Directions& d, const SweepTensor& tensor, int64_t i, int6
     float *values = t.t + lead, *updates = u.t + lead;
     const float* direction = z.t + lead;
 
+    zero(t.t, 0, lead);
+    zero(t.t, lead + n, padded);
     const auto move_along = [&](int64_t k, bool adds) {
-        if (d.draws[k] < 0) {
-            load_dense(tensor.dense[~d.draws[k]], i, n, z.t + lead);
-        } else {
-            const Stream stream = make_stream(d.seed, tensor.tensor_id, uint32_t(d.draws[k]), law);
-            draw_values<law>(stream, element - lead, padded, z.t);
-        }
         const float coeff = d.coeffs[k], scale = d.scales[k];
+        const Stream stream = make_stream(d.seed, tensor.tensor_id, uint32_t(d.draws[k]), law);
+        if (d.draws[k] >= 0 && !adds) {
+            accumulate<law>(stream, uint64_t(element - lead), padded, t.t, coeff, scale);
+            return;
+        }
+        if (d.draws[k] >= 0) {
+            draw_values<law>(stream, element - lead, padded, z.t);
+        } else {
+            load_dense(tensor.dense[~d.draws[k]], i, n, z.t + lead);
+        }
         if (scale != 1.0f) {
             for (int64_t j = 0; j < n; ++j) values[j] = scale * values[j];
         }
