@@ -261,3 +261,32 @@ def test_a_new_round_goes_on_with_gamma():
     optimizer.set_round(**vectors(model, seed=8))
     assert optimizer.gamma == gamma
     optimizer.step(loss_of(model))
+
+
+def test_the_recipe_for_a_language_model_with_a_tied_head():
+    """Its state dict has the head twice; its parameters do not, and the optimizer's neither."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(5, 3)
+            self.head = nn.Linear(3, 5, bias=False)
+            self.head.weight = self.embedding.weight
+
+    base, policy, reward = Tied(), Tied(), nn.Module()
+    reward.embedding, reward.score = nn.Embedding(5, 3), nn.Linear(3, 1)
+    zokern.ZOPrO(
+        policy.named_parameters(),
+        0.1,
+        previous_update=zokern.zopro.delta(policy, base),
+        reward_delta=zokern.zopro.delta(reward, base),
+        total_steps=3,
+    )
+
+
+def test_of_a_module_the_trained_parameters_count():
+    base, policy = make_model(), make_model()
+    policy[0].requires_grad_(False)
+    assert set(zokern.zopro.delta(policy, base)) == {"1.weight", "1.bias", "3.weight", "3.bias"}
+    policy.requires_grad_(False)
+    assert len(zokern.zopro.delta(policy, base)) == 6

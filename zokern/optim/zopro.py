@@ -299,7 +299,8 @@ def _vectors_of(
             raise ValueError(f"{what}[{name!r}] has entries that are NaN or infinite")
         found.append((param, vector))
     if missing:
-        raise ValueError(f"{what} has no entry for {missing}")
+        advice = "" if exact else ": give zeros where the reward model has nothing to say"
+        raise ValueError(f"{what} has no entry for {missing}{advice}")
     if exact and (by_param or by_name):
         extra = [*by_name, *(f"a parameter of shape {tuple(v.shape)}" for v in by_param.values())]
         raise ValueError(f"{what} has entries for no parameter of the optimizer: {extra}")
@@ -315,8 +316,9 @@ def delta(
     ``reward_delta = delta(reward_model, base_model)``.
 
     Args:
-        new, old: modules or state dicts. Adapters of PEFT are matched by what they adapt: the
-            prefix ``base_model.model.`` and the adapter's own name do not count.
+        new, old: modules or state dicts. Of a module it is the parameters that count: of ``new``
+            those that are trained, or all where none is. Adapters of PEFT are matched by what they
+            adapt: the prefix ``base_model.model.`` and the adapter's own name do not count.
 
     Returns:
         A mapping from names (of ``new``, so reduced) to tensors.
@@ -324,7 +326,7 @@ def delta(
     Raises:
         ValueError: if a tensor has another shape in the other, or there is none in common.
     """
-    news, olds = _state(new), _state(old)
+    news, olds = _tensors(new, trained=True), _tensors(old, trained=False)
     result = {}
     for name, tensor in news.items():
         other = olds.get(name)
@@ -343,11 +345,16 @@ def delta(
     return result
 
 
-def _state(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state = source.state_dict() if isinstance(source, nn.Module) else source
+def _tensors(source: nn.Module | Mapping[str, Tensor], *, trained: bool) -> dict[str, Tensor]:
+    if isinstance(source, nn.Module):
+        tensors: dict[str, Tensor] = dict(source.named_parameters())
+        if trained:
+            tensors = {n: p for n, p in tensors.items() if p.requires_grad} or tensors
+    else:
+        tensors = dict(source)
     return {
         plain_name(name): tensor.detach()
-        for name, tensor in state.items()
+        for name, tensor in tensors.items()
         if tensor.is_floating_point()
     }
 

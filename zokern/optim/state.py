@@ -1,0 +1,245 @@
+"""What a zeroth-order optimizer keeps: its groups, what lies beside its parameters, the run."""
+
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from zokern.laws import canonical_name
+from zokern.optim.displacement import Displacement, Member
+from zokern.optim.losses import EqualLosses
+from zokern.optim.parameters import check_last_group, named, tensor_ids
+from zokern.optim.precision import VALUE_KEYS, new_value_state, resolve
+from zokern.optim.recording import Recorder
+from zokern.optim.steps import OpenStep, StepResult
+from zokern.optim.versions import Versions
+
+
+class ZOState(Optimizer):
+    """torch's protocol for state; :class:`zokern.optim.base.ZOOptimizer` adds the steps."""
+
+    # What a method remembers between steps, by name, with what it begins with.
+    STATE: ClassVar[dict[str, Any]] = {}
+    # The names in a parameter's state of the tensors that directions are made of beside noise.
+    DENSE: ClassVar[tuple[str, ...]] = ()
+
+    last: StepResult | None
+    _displacement: Displacement
+    _versions: Versions
+    _open: OpenStep | None
+    _recorder: Recorder
+    _equal_losses: EqualLosses
+    _warned: set[str]
+    _run_defaults: dict[str, Any]
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The settings and counters of the run, which all param groups hold alike."""
+        return self.param_groups[0]
+
+    def _update_run(self, **values: Any) -> None:
+        for group in self.param_groups:
+            group.update(values)
+
+    def flush(self) -> None:
+        raise NotImplementedError
+
+    def _rest(self) -> None:
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add parameters, as ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError: for a setting that belongs to the optimizer (``eps``, ``samples``, ``seed``,
+                ``law``, ``precision``, ``fuse_next``, …), a parameter that cannot be swept in
+                place, or two names with one tensor id.
+        """
+        own = [key for key in self._run_defaults if key in param_group]
+        if own:
+            raise ValueError(f"{', '.join(own)} belongs to the optimizer, not to a param group")
+        self.flush()
+        shared = {
+            key: self.run[key] if self.param_groups else value
+            for key, value in self._run_defaults.items()
+        }
+        # torch would write its defaults into the caller's dict.
+        super().add_param_group(dict(param_group))
+        try:
+            self._check_last_group(shared["precision"])
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self.param_groups[-1].update(shared)
+        for param in self.param_groups[-1]["params"]:
+            self._own_state(param)
+        self._versions.note(self.param_groups[-1]["params"])
+
+    def _check_last_group(self, precision: str) -> None:
+        check_last_group(self.param_groups, precision, type(self).__name__)
+
+    def _own_state(self, param: Tensor) -> dict[str, Tensor]:
+        """What is kept beside a parameter that moves, made when it is first wanted."""
+        # The entry exists even where it stays empty: torch.distributed.checkpoint takes an
+        # optimizer without state for one that has not been initialised, and steps it.
+        state = self.state[param]
+        if param.requires_grad and not any(key in state for key in VALUE_KEYS):
+            state.update(new_value_state(param, resolve(self.run["precision"], param.dtype)))
+        if param.requires_grad and "momentum" not in state and self._keeps_momentum():
+            state["momentum"] = torch.zeros_like(param.detach(), dtype=torch.float32)
+        return state
+
+    def _members(self) -> list[Member]:
+        """The parameters that move: those that are not frozen."""
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        members = []
+        for (_, param), number, group in zip(
+            named(self.param_groups), tensor_ids(self.param_groups), groups, strict=True
+        ):
+            if param.requires_grad:
+                state = self._own_state(param)
+                members.append(
+                    Member(
+                        param,
+                        residual=state.get("residual"),
+                        master=state.get("master"),
+                        momentum=state.get("momentum"),
+                        dense=tuple(state[key] for key in self.DENSE),
+                        tensor_id=number,
+                        group=group,
+                    )
+                )
+        return members
+
+    def _keeps_momentum(self) -> bool:
+        return any(group["momentum"] != 0.0 for group in self.param_groups)
+
+    def refresh(self) -> None:
+        """Take the parameters as they are now for the weights at rest.
+
+        Call it after new weights were loaded into the module, or they were changed in any other
+        way than by this optimizer: what it keeps beside the parameters (masters, residuals, where
+        they stand displaced) belongs to the old ones. Momentum and counters stay.
+
+        Raises:
+            RuntimeError: if a trajectory records the run, which could not be replayed any more.
+        """
+        if self._recorder.has_begun:
+            raise RuntimeError(
+                "a trajectory records this run from its base weights; other weights need a new "
+                "optimizer with a trajectory of its own"
+            )
+        self._open = None
+        self._recorder.detach()
+        self._displacement = Displacement()
+        for _, param in named(self.param_groups):
+            state = self.state[param]
+            if "master" in state:
+                state["master"].copy_(param.detach())
+            if "residual" in state:
+                state["residual"].zero_()
+            self._versions.note([param])
+
+    def _check_untouched(self) -> None:
+        """Moving on would overwrite what somebody has written to the weights, or mix the two."""
+        touched = self._touched()
+        if touched is None:
+            return
+        if self._displacement.members or not self._versions.knows(touched[1]):
+            name, _, what = touched
+            raise RuntimeError(
+                f"{name} {what}, and somebody else has written to it: call refresh() to go on from "
+                "the weights as they are now"
+            )
+        # Nothing has moved yet, so nothing belongs to the weights of before.
+        self.refresh()
+
+    def _touched(self) -> tuple[str, Tensor, str] | None:
+        """A parameter that no longer holds what the optimizer takes it to hold, and why not."""
+        for name, param in named(self.param_groups):
+            if not self._versions.changed(param):
+                continue
+            state, known = self.state[param], self._versions.knows(param)
+            master = state.get("master")
+            if master is None and self._recorder.has_begun:
+                return name, param, "is recorded in a trajectory"
+            if known and not self._displacement.at_rest:
+                return name, param, "stands displaced between steps (fuse_next)"
+            if master is not None and not torch.equal(param, master.to(param.dtype)):
+                return name, param, "has a master in the optimizer"
+            # A residual that was loaded belongs to parameters that are loaded too.
+            if known and "residual" in state:
+                return name, param, "has a residual in the optimizer"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, for :meth:`load_state_dict`; the weights are brought to rest first."""
+        self.flush()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another optimizer of the same parameters stood when it gave this state.
+
+        Settings (``lr``, ``eps``, ``seed``, ``precision``, …) are taken from the state, as in
+        ``torch.optim``. Tensors keep their dtypes. The weights themselves are the module's to
+        load, before or after.
+
+        Raises:
+            ValueError: for a state of another kind of optimizer or of parameters with other names.
+        """
+        saved_run: dict[str, Any] = next(iter(state_dict.get("param_groups", [])), {})
+        missing = [key for key in self._run_defaults if key not in saved_run]
+        if missing:
+            raise ValueError(
+                f"not a state of {type(self).__name__}: it has no {', '.join(missing)}"
+            )
+        self._check_names(state_dict)
+        self._open = None
+        if self._displacement.at_rest or self._touched() is None:
+            self._rest()
+        super().load_state_dict(state_dict)
+        # torch has cast them to the parameter's dtype.
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, (_, param) in zip(saved, named(self.param_groups), strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[param][key] = value.to(param.device, copy=True)
+        self._displacement = Displacement()
+        self._versions.forget()
+        self._recorder.detach()
+
+    def _check_names(self, state_dict: dict[str, Any]) -> None:
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            names = [canonical_name(name) for name in own.get("param_names", [])]
+            saved_names = [canonical_name(name) for name in saved.get("param_names", [])]
+            if names != saved_names:
+                differing = sorted(set(names) ^ set(saved_names)) or "their order"
+                raise ValueError(
+                    "the state's parameters have other names, and with them other noise; they "
+                    f"differ in {differing}"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_displacement", "_run_defaults", "last")
+        return super().__getstate__() | {key: self.__dict__[key] for key in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_displacement" not in state:
+            # load_state_dict passes through here too.
+            return
+        self._open = None
+        self._versions = Versions()
+        # Two optimizers cannot record one run.
+        self._recorder = Recorder(None)
+        self._equal_losses = EqualLosses()
+        self._warned = set()
+
+    @property
+    def _step_supports_amp_scaling(self) -> NoReturn:
+        # GradScaler asks for this before it steps an optimizer.
+        raise RuntimeError(
+            f"{type(self).__name__} uses no gradients, so there is nothing to scale: call "
+            "optimizer.step(closure) without a GradScaler"
+        )
