@@ -11,7 +11,7 @@ Nothing is downloaded unless --model names a model on a hub.
 
     make zopro
     python examples/zopro_rlhf.py --seeds 0 --batches 5 --out curves.png
-    python examples/zopro_rlhf.py --model some/model --lora
+    python examples/zopro_rlhf.py --model some/model --lora --adamw-lr 2e-3
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
 import zokern
 
-HELD_OUT = 512  # prompts
+HELD_OUT = 512  # docstrings
 PROMPT = 6  # tokens; all prompts are as long, which spares padding on the left
 COMPLETION = 12  # tokens at most
 COPIES = 4  # completions of a prompt in a rollout batch
@@ -124,7 +125,7 @@ def small_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def small_model(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
+def small_model(tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -140,7 +141,9 @@ def small_model(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
     return AutoModelForCausalLM.from_config(config)
 
 
-def pretrain(model: nn.Module, tokenizer, texts: list[str], steps: int) -> None:
+def pretrain(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str], steps: int
+) -> None:
     rows = tokenizer([text + tokenizer.eos_token for text in texts]).input_ids
     rows = [torch.tensor(row[: PROMPT + COMPLETION + 2]) for row in rows]
     shuffle = random.Random(0)
@@ -162,13 +165,15 @@ def pretrain(model: nn.Module, tokenizer, texts: list[str], steps: int) -> None:
             progress.set_postfix(loss=f"{loss.item():.2f}")
 
 
-def reward_model_of(model: nn.Module, tokenizer) -> nn.Module:
+def reward_model_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     """The model's backbone under a new head with one output."""
     config = copy.deepcopy(model.config)
     config.num_labels = 1
     config.pad_token_id = tokenizer.pad_token_id
     reward_model = AutoModelForSequenceClassification.from_config(config)
-    reward_model.load_state_dict(model.state_dict(), strict=False)
+    missing = reward_model.load_state_dict(model.state_dict(), strict=False).missing_keys
+    if any(name.startswith(model.base_model_prefix) for name in missing):
+        raise SystemExit(f"{type(model).__name__} and its classifier name their backbones apart")
     return reward_model.float()
 
 
@@ -192,13 +197,20 @@ class Task:
     """Prompts, and what completions of them are worth."""
 
     def __init__(
-        self, tokenizer, texts: list[str], base: nn.Module, reward_model: nn.Module
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: list[str],
+        base: nn.Module,
+        reward_model: nn.Module,
     ) -> None:
         self.tokenizer, self.base, self.reward_model = tokenizer, base, reward_model
-        rows = [row[:PROMPT] for row in tokenizer(texts).input_ids if len(row) > PROMPT]
-        prompts = torch.tensor(rows)
-        self.held_out, self.prompts = prompts[:HELD_OUT], prompts[HELD_OUT:]
+        self.held_out = self.beginnings(texts[:HELD_OUT])
+        self.prompts = self.beginnings(texts[HELD_OUT:])
         self.shift, self.scale = 0.0, 1.0
+
+    def beginnings(self, texts: list[str]) -> Tensor:
+        rows = self.tokenizer(texts).input_ids
+        return torch.tensor([row[:PROMPT] for row in rows if len(row) > PROMPT])
 
     @torch.no_grad()
     def complete(self, policy: nn.Module, prompts: Tensor, copies: int = 1) -> Tensor:
@@ -351,7 +363,7 @@ class Run:
             trainable(policy).items(),
             lr=args.lr,
             eps=args.eps,
-            total_steps=(args.rounds - 1) * args.batches,
+            total_steps=args.total_steps,
             advance="manual",
             seed=self.seed,
             **self.vectors(policy, before),
@@ -467,7 +479,7 @@ def plot(measurements: list[Measurement], args: argparse.Namespace) -> None:
     plt.close(figure)
 
 
-def load(args: argparse.Namespace, texts: list[str]) -> tuple[object, nn.Module]:
+def load(args: argparse.Namespace, texts: list[str]) -> tuple[PreTrainedTokenizerBase, nn.Module]:
     """Tokenizer and base: --model's, or small ones made for the occasion."""
     if args.model is None:
         tokenizer = small_tokenizer(texts)
@@ -498,21 +510,27 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run for each")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="a run for each"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="the first is first order")
     parser.add_argument("--batches", type=int, default=8, help="rollout batches of later rounds")
     parser.add_argument("--model", help="name on a hub or folder of a causal language model")
     parser.add_argument("--lora", action="store_true", help="tune adapters only")
     parser.add_argument("--reward-lr", type=float, default=1e-3, help="of the reward model")
-    parser.add_argument("--adamw-lr", type=float, default=1e-4, help="of round 1")
+    parser.add_argument("--adamw-lr", type=float, default=1e-4, help="of round 1; LoRA wants more")
     parser.add_argument("--lr", type=float, default=1.0, help="of ZOPrO")
-    parser.add_argument("--eps", type=float, default=0.1, help="of ZOPrO; 1 is the last update")
+    parser.add_argument("--eps", type=float, default=0.1, help="of ZOPrO, in last updates")
     parser.add_argument("--mezo-lr", type=float, default=1e-4, help="of MeZO")
     parser.add_argument("--mezo-eps", type=float, default=1e-3, help="of MeZO")
     parser.add_argument("--kl", type=float, default=0.05, help="weight of the KL penalty")
     parser.add_argument("--out", type=Path, default=Path("zopro_rlhf.png"), help="the plot")
     parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument(
+        "--total-steps", type=int, help="rollout batches over which γ falls to 0; all if not given"
+    )
     args = parser.parse_args()
+    args.total_steps = args.total_steps or (args.rounds - 1) * args.batches
     if args.rounds < 2 or args.batches < 1:
         parser.error("at least two rounds, and one rollout batch in each")
     for path in filter(None, (args.out, args.json)):
