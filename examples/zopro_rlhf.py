@@ -353,8 +353,7 @@ class Run:
             loss().backward()
             optimizer.step()
 
-        for _ in self.rollout_batches("AdamW", 1, policy, FIRST_BATCHES, step):
-            pass
+        self.round("AdamW", 1, policy, FIRST_BATCHES, step)
         return policy
 
     def zopro(self, policy: nn.Module) -> None:
@@ -372,8 +371,7 @@ class Run:
             if number > 2:
                 optimizer.set_round(**self.vectors(policy, before))
             before = snapshot(policy)
-            for _ in self.rollout_batches("ZOPrO", number, policy, args.batches, optimizer.step):
-                optimizer.advance()
+            self.round("ZOPrO", number, policy, args.batches, optimizer.step, optimizer.advance)
 
     def vectors(self, policy: nn.Module, before: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """What ZOPrO is guided by: the policy's last update, and the reward model's difference."""
@@ -391,18 +389,18 @@ class Run:
             trainable(policy).items(), lr=args.mezo_lr, eps=args.mezo_eps, seed=self.seed
         )
         for number in range(2, args.rounds + 1):
-            for _ in self.rollout_batches("MeZO", number, policy, args.batches, optimizer.step):
-                pass
+            self.round("MeZO", number, policy, args.batches, optimizer.step)
 
-    def rollout_batches(
+    def round(
         self,
         method: str,
         number: int,
         policy: nn.Module,
         batches: int,
         step: Callable[[Callable[[], Tensor]], object],
-    ) -> Iterator[None]:
-        """A round: rollout batches with a step for every mini-batch; then the held-out prompts."""
+        advance: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Rollout batches with a step for every mini-batch; then the held-out prompts."""
         task = self.task
         before = FIRST_BATCHES + (number - 2) * batches if number > 1 else 0
         with trange(batches, desc=f"seed {self.seed}, round {number}, {method}") as progress:
@@ -411,7 +409,7 @@ class Run:
                 rollouts = task.rollouts(policy, prompts, COPIES, self.args.kl)
                 for rows in minibatches():
                     step(lambda: task.loss(policy, rollouts, rows))  # noqa: B023
-                yield
+                advance()
                 now = rollouts.measures
                 self.measure(method, number, before + batch, now)
                 progress.set_postfix(reward=f"{now.reward:.2f}", full_stops=f"{now.full_stops:.0%}")
