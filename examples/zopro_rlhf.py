@@ -471,6 +471,7 @@ def plot(measurements: list[Measurement], args: argparse.Namespace) -> None:
         ax.grid(alpha=0.3)
     axes[0].set(ylabel="reward", title="Clipped RLOO: round 1 by gradients, then forward passes")
     axes[1].set(xlabel="rollout batch", ylabel="end in a full stop, %")
+    axes[1].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(args.out, dpi=110)
