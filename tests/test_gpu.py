@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import zokern
+from tests import zo
 from tests.same_bits import same_bits
 from tests.test_mezo import loss_of, make_model, same_weights
 from tests.test_perturb import DIRECTIONS, STORAGES, clone, make_operands
 from tests.test_sweep_forms import CASES, FORMS, make_case
+from tests.zo import METHODS
 from zokern import noise, ops
 
 pytestmark = pytest.mark.gpu
@@ -149,6 +151,42 @@ def test_a_run_of_mezo_is_the_same_bits_given_the_same_losses(gpu_backend, dtype
                 list(optimizer.ask())
                 optimizer.tell(told)
     assert same_weights(on_gpu.cpu(), on_cpu)
+
+
+@pytest.mark.parametrize("precision", ["split", "master"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_steps_of_every_method_are_those_of_the_reference(gpu_backend, method, precision):
+    """Told the same losses, in bfloat16, also through a replay on the GPU."""
+    models = zo.make_model(torch.bfloat16).cuda(), zo.make_model(torch.bfloat16)
+    trajectory = zokern.Trajectory()
+    optimizers = [
+        method.make(model, weight_decay=0.1, precision=precision, trajectory=recorded)
+        for model, recorded in zip(models, (trajectory, None), strict=True)
+    ]
+    losses = random.Random(0)
+    for _ in range(5):
+        result = None
+        while result is None:
+            told = [losses.uniform(0, 1) for _ in optimizers[0].ask()]
+            result = optimizers[0].tell(told)
+            with zokern.use_backend("reference"):
+                list(optimizers[1].ask())
+                optimizers[1].tell(told)
+    on_gpu, on_cpu = (zo.weights(model.cpu()) for model in models)
+    assert zo.same(on_gpu, on_cpu)
+    if precision == "master":
+        base = zo.make_model(torch.bfloat16).cuda()
+        given = zo.vectors(base)
+        zokern.replay(base, trajectory, rounds=[tuple(given.values())])
+        assert zo.same(zo.weights(base.cpu()), on_cpu)
+
+
+def test_dropout_on_a_gpu_is_the_same_for_all_points_of_a_step():
+    model = torch.nn.Sequential(torch.nn.Linear(100, 100), torch.nn.Dropout(0.5)).cuda()
+    x = torch.randn(64, 100, device="cuda")
+    optimizer = zokern.MeZO(model.named_parameters(), lr=0.0, eps=1e-6, seed=1)
+    optimizer.step(lambda: model(x).square().mean())
+    assert optimizer.last.losses[0] == pytest.approx(optimizer.last.losses[1], rel=1e-4)
 
 
 def test_it_runs_on_the_current_stream(gpu_backend):

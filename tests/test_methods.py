@@ -342,14 +342,15 @@ def test_a_loss_that_is_not_finite_skips_the_update(method):
     assert not same(weights(model), before)
 
 
-@EVERY_METHOD
-def test_backends_agree(method, kernel_backend):
+@pytest.mark.parametrize("name", ["gv", "fzoo", "zopro", "conmezo", "momentum"])
+def test_backends_agree(name, kernel_backend):
+    method = METHODS[name]
     models = [make_model(), make_model()]
     optimizers = [method.make(model, precision="master") for model in models]
     for _ in range(2):
         losses = []
-        for model, optimizer, name in zip(models, optimizers, (None, "reference"), strict=True):
-            with zokern.use_backend(name):
+        for model, optimizer, backend in zip(models, optimizers, (None, "reference"), strict=True):
+            with zokern.use_backend(backend):
                 optimizer.step(loss_of(model))
             losses.append(optimizer.last.losses)
         assert losses[0] == losses[1]
