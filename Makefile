@@ -1,5 +1,6 @@
 # make test    everything that this machine can check, in an environment of its own
 # make demo    fine-tune a sentence encoder with forward passes only (about ten minutes)
+# make compare the methods beside each other at equal numbers of evaluations (about ten minutes)
 # make bench   the benchmarks
 # make wheel   a wheel in dist/
 # make format  format the sources
@@ -15,7 +16,7 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test check demo bench wheel format clean
+.PHONY: test check demo compare bench wheel format clean
 
 test: check $(VENV)/test
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -28,6 +29,9 @@ check: $(VENV)/dev
 
 demo: $(VENV)/examples
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/docstring_areas.py
+
+compare: $(VENV)/examples
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/compare_methods.py
 
 bench: $(VENV)/bench
 	$(BIN)/python -m pytest benchmarks
