@@ -1,5 +1,6 @@
 # make test    everything that this machine can check, in an environment of its own
 # make demo    fine-tune a sentence encoder with forward passes only (about ten minutes)
+# make compare the methods beside each other at equal numbers of evaluations (about ten minutes)
 # make zopro   align a small language model with forward passes only (a few minutes)
 # make bench   the benchmarks
 # make wheel   a wheel in dist/
@@ -16,7 +17,7 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test check demo zopro bench wheel format clean
+.PHONY: test check demo compare zopro bench wheel format clean
 
 test: check $(VENV)/test
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -32,6 +33,9 @@ demo: $(VENV)/examples
 
 zopro: $(VENV)/examples
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/zopro_rlhf.py
+
+compare: $(VENV)/examples
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/compare_methods.py
 
 bench: $(VENV)/bench
 	$(BIN)/python -m pytest benchmarks

@@ -164,7 +164,7 @@ def docstrings() -> Iterator[tuple[str, int]]:
             yield text, areas.pop()
 
 
-def load_examples(tokenize) -> tuple[Examples, Examples]:
+def load_examples(tokenize, max_tokens: int = MAX_TOKENS) -> tuple[Examples, Examples]:
     """Training and held-out docstrings, split by a hash of the text."""
     parts: tuple[list, list] = ([], [])
     for text, area in docstrings():
@@ -172,7 +172,7 @@ def load_examples(tokenize) -> tuple[Examples, Examples]:
         parts[int.from_bytes(digest, "big") % HELD_OUT == 0].append((text, area))
     train, held_out = (
         Examples(
-            tokenize([text for text, _ in part], truncation=True, max_length=MAX_TOKENS).input_ids,
+            tokenize([text for text, _ in part], truncation=True, max_length=max_tokens).input_ids,
             torch.tensor([area for _, area in part]),
         )
         for part in parts
@@ -192,9 +192,9 @@ def embed(model: torch.nn.Module, ids: list[list[int]]) -> torch.Tensor:
 class Task:
     """The docstrings, the areas and how a model is scored on them."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        self.train, self.held_out = load_examples(tokenizer)
+        self.train, self.held_out = load_examples(tokenizer, max_tokens)
         self.area_ids = tokenizer(list(AREAS)).input_ids
 
     def scores(self, model: torch.nn.Module, ids: list[list[int]]) -> torch.Tensor:
