@@ -39,6 +39,9 @@ def integer(name: str, value: int, *, bits: int) -> int:
 
 
 def integers(name: str, values: Sequence[int], *, bits: int) -> list[int]:
+    limit = 1 << bits
+    if all(type(value) is int and 0 <= value < limit for value in values):
+        return list(values)
     return [integer(f"{name}[{i}]", value, bits=bits) for i, value in enumerate(values)]
 
 

@@ -1,8 +1,5 @@
 """What an operand must be to be swept in place. Each error names the operand and the reason."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -31,50 +28,57 @@ def check_direction_law(law: str) -> None:
 
 def check_operand(sweep: Sweep, i: int) -> None:
     """Raises TypeError or ValueError, naming the operand, if it cannot be swept in place."""
-    param, residual = sweep.params[i], sweep.residuals[i]
-    with _named("params", i, param):
+    param, residual, update = sweep.params[i], sweep.residuals[i], sweep.update
+    argument, tensor = "params", param
+    try:
         _check_strided(param)
         _check_dtype(param)
         if param.device != sweep.params[0].device:
             raise ValueError(f"it is on {param.device}, params[0] on {sweep.params[0].device}")
         _check_shard(param, sweep.shards[i], sweep.law)
-    if residual is not None:
-        with _named("residuals", i, residual):
+        if residual is not None:
+            argument, tensor = "residuals", residual
             _check_strided(residual)
             _check_residual(param, residual)
-    if sweep.masters is not None:
-        with _named("masters", i, sweep.masters[i]):
+        if sweep.masters is not None:
+            argument, tensor = "masters", sweep.masters[i]
             if residual is not None:
                 raise ValueError("a parameter has a master or a residual, not both")
-            _check_float32_beside(param, sweep.masters[i])
-    if sweep.update is not None:
-        if sweep.rest == 0:
-            raise ValueError("an update moves the place of rest: rest must be at least 1")
-        if sweep.update.momenta is not None:
-            with _named("momenta", i, sweep.update.momenta[i]):
-                _check_float32_beside(param, sweep.update.momenta[i])
-    _check_dense(sweep, i)
+            _check_float32_beside(param, tensor)
+        if update is not None and update.momenta is not None:
+            argument, tensor = "momenta", update.momenta[i]
+            _check_float32_beside(param, tensor)
+        for j, vectors in enumerate(sweep.dense):
+            argument, tensor = f"dense[{j}]", vectors[i]
+            _check_dense(sweep, i, j)
+    except (TypeError, ValueError) as error:
+        raise _named(error, argument, i, tensor) from None
+
+
+def check_form(sweep: Sweep) -> None:
+    """Raises ValueError if what a sweep does to all its tensors cannot be done."""
+    if sweep.update is not None and sweep.rest == 0:
+        raise ValueError("an update moves the place of rest: rest must be at least 1")
+    if len(sweep.dense) > MAX_DENSE:
+        raise ValueError(f"a sweep takes {MAX_DENSE} dense directions, not {len(sweep.dense)}")
 
 
 def check_vector(products: InnerProducts, i: int) -> None:
     """Raises TypeError or ValueError, naming the vector, if there are no products with it."""
     vector = products.vectors[i]
-    with _named("vectors", i, vector):
+    try:
         _check_plain(vector)
         _check_dtype(vector)
         if vector.device != products.vectors[0].device:
             other = products.vectors[0].device
             raise ValueError(f"it is on {vector.device}, vectors[0] on {other}")
         _check_shard(vector, products.shards[i], products.law)
-
-
-@contextmanager
-def _named(argument: str, i: int, tensor: Tensor) -> Iterator[None]:
-    try:
-        yield
     except (TypeError, ValueError) as error:
-        where = f"{argument}[{i}] (shape {tuple(tensor.shape)}, {tensor.dtype})"
-        raise type(error)(f"{where}: {error}") from None
+        raise _named(error, "vectors", i, vector) from None
+
+
+def _named(error: Exception, argument: str, i: int, tensor: Tensor) -> Exception:
+    return type(error)(f"{argument}[{i}] (shape {tuple(tensor.shape)}, {tensor.dtype}): {error}")
 
 
 def _check_dtype(tensor: Tensor) -> None:
@@ -97,17 +101,14 @@ def _check_float32_beside(param: Tensor, tensor: Tensor) -> None:
     _check_beside(param, tensor)
 
 
-def _check_dense(sweep: Sweep, i: int) -> None:
-    if len(sweep.dense) > MAX_DENSE:
-        raise ValueError(f"a sweep takes {MAX_DENSE} dense directions, not {len(sweep.dense)}")
+def _check_dense(sweep: Sweep, i: int, j: int) -> None:
+    vector = sweep.dense[j][i]
+    _check_plain(vector)
+    _check_dtype(vector)
+    _check_beside(sweep.params[i], vector)
     momenta = None if sweep.update is None else sweep.update.momenta
-    for j, vectors in enumerate(sweep.dense):
-        with _named(f"dense[{j}]", i, vectors[i]):
-            _check_plain(vectors[i])
-            _check_dtype(vectors[i])
-            _check_beside(sweep.params[i], vectors[i])
-            if momenta is not None and vectors[i] is momenta[i] and ~j in sweep.draws[sweep.rest :]:
-                raise ValueError("a momentum that is updated can be a direction only before rest")
+    if momenta is not None and vector is momenta[i] and ~j in sweep.draws[sweep.rest :]:
+        raise ValueError("a momentum that is updated can be a direction only before rest")
 
 
 def _check_plain(tensor: Tensor) -> None:
@@ -190,6 +191,8 @@ def check_memory(sweep: Sweep) -> None:
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The addresses that a tensor's elements lie between."""
     start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.numel() * tensor.element_size()
     last = sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )

@@ -29,6 +29,7 @@ from zokern.arguments import (
 from zokern.checks import (
     check_direction_law,
     check_elements,
+    check_form,
     check_memory,
     check_operand,
     check_vector,
@@ -376,6 +377,7 @@ def _sweep(
         seed=unsigned(seed),
         law=law,
     )
+    check_form(sweep)
     for i in range(count):
         check_operand(sweep, i)
     return sweep
@@ -444,10 +446,11 @@ def _shard_list(shards: Shards | None, tensors: list[Tensor]) -> list[tuple[int,
     """Three numbers for each tensor."""
     given = [None] * len(tensors) if shards is None else list(shards)
     check_length("shards", given, len(tensors))
-    result = []
+    result: list[tuple[int, ...]] = []
     for i, (shard, tensor) in enumerate(zip(given, tensors, strict=True)):
         if shard is None:
-            shard = (0, tensor.numel(), tensor.numel())
+            result.append((0, tensor.numel(), tensor.numel()))
+            continue
         if len(shard) != 3:
             raise ValueError(f"shards[{i}] must be (offset, row_length, row_stride), not {shard!r}")
         result.append(tuple(integer(f"shards[{i}]", n, bits=63) for n in shard))

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """Where a tensor's elements lie in the full tensor whose noise they get.
 
     Local element (r, k), row-major over rows of ``row_length``, is element

@@ -108,21 +108,37 @@ class Displacement:
 
         None where momentum or sign take more than that.
         """
-        rules = {} if step is None else {id(m.group): step.rule(m.group) for m in self.members}
+        groups = {id(member.group): member.group for member in self.members}
+        to = Rule(direct=1.0)
+        rules = {key: to if step is None else step.rule(g) for key, g in groups.items()}
         if not all(rule.is_direct for rule in rules.values()):
             return None
         target = target if step is None else step.gradient
-        draws, values = list(target), list(target.values())
-        coeffs, scales = [], []
-        for i, member in enumerate(self.members):
-            rule = rules.get(id(member.group), Rule(direct=1.0))
-            coeffs.append(tuple(self._expand(i, draws, [rule.direct * c for c in values])))
-            scales.append((rule.scale, *[1.0] * (len(coeffs[0]) - 1))[: len(coeffs[0])])
+        draws = list(target)
         directions = tuple(self._with_slots(draws))
+        coeffs, scales = [], []
+        for i, key in self._rows_apart():
+            row = self._expand(i, draws, [rules[key].direct * c for c in target.values()])
+            coeffs.append(tuple(row))
+            scales.append((rules[key].scale, *[1.0] * (len(row) - 1))[: len(row)])
         is_scaled = any(rule.scale != 1.0 for rule in rules.values())
-        if all(row == coeffs[0] for row in coeffs) and all(row == scales[0] for row in scales):
+        if len(coeffs) == 1:
             return directions, coeffs[0], scales[0] if is_scaled else None
+        if not self.expansions:
+            # A row for each group; each of its members has that one.
+            rank = {key: n for n, key in enumerate(groups)}
+            ranks = [rank[id(member.group)] for member in self.members]
+            coeffs, scales = ([rows[n] for n in ranks] for rows in (coeffs, scales))
         return directions, tuple(coeffs), tuple(scales) if is_scaled else None
+
+    def _rows_apart(self) -> list[tuple[int, int]]:
+        """The members whose rows may differ, each with its group: one of each group, or all."""
+        if self.expansions:
+            return [(i, id(member.group)) for i, member in enumerate(self.members)]
+        firsts: dict[int, int] = {}
+        for i, member in enumerate(self.members):
+            firsts.setdefault(id(member.group), i)
+        return [(i, key) for key, i in firsts.items()]
 
     def _sweep(self, target: Coefficients, step: Step | None, seed: int, law: str) -> None:
         groups = {id(member.group): member.group for member in self.members}
