@@ -126,6 +126,10 @@ def test_forms_of_sweeps(law, storage, form):
     test_sweep_forms.test_backends_agree("host grid", law, storage, form)
 
 
+def test_a_form_without_directions():
+    test_sweep_forms.test_without_directions_a_master_is_copied("host grid")
+
+
 def in_memory(value: torch.Tensor, start: int, memory: list) -> torch.Tensor:
     """A copy that begins at an element of memory of its own, which is added to the list."""
     memory.append(torch.full((start + value.numel() + 9,), 77, dtype=value.dtype))

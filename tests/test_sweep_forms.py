@@ -9,7 +9,7 @@ from torch import Tensor
 
 import zokern
 from tests.same_bits import same_bits
-from tests.test_perturb import DIRECTIONS, STORAGES, clone, make_operands
+from tests.test_perturb import DIRECTIONS, SPECIAL_VALUES, STORAGES, clone, make_operands
 from zokern import ops
 
 # How each form of a sweep differs from a plain one: masters, the number of dense directions,
@@ -141,6 +141,16 @@ def test_a_master_is_only_read_before_rest(backend):
     z = zokern.noise.sample("gauss16", 1000, seed=1, draw=3)
     assert torch.equal(master, before)
     assert torch.equal(param, (master + 0.5 * z).bfloat16())
+
+
+def test_without_directions_a_master_is_copied(backend):
+    """Bit for bit: also its negative zeros."""
+    master = torch.tensor([*SPECIAL_VALUES, *torch.randn(3000).tolist()])
+    param = torch.ones(len(master))
+    ops.perturb_([param], [], [], seed=1, masters=[master], rest=0)
+    assert same_bits(param, master)
+    with pytest.raises(ValueError, match="draws is empty"):
+        ops.perturb_([param], [], [], seed=1)
 
 
 def test_a_momentum_may_be_a_direction_as_it_was(backend):
