@@ -413,6 +413,18 @@ def test_draws_are_taken_in_order():
             optimizer.step(loss_of(make_model()))
 
 
+def test_points_of_several_groups_have_one_row():
+    model = make_model()
+    groups, _ = two_groups(model, maximize=False)
+    optimizer = zokern.MeZO(groups, 0.1, seed=1)
+    moves = list(optimizer.ask())
+    assert [move.coeffs for move in moves] == [(1e-3,), (-1e-3,)]
+    assert moves[0].scales is None
+    update = optimizer.tell([1e-3, 0.0]).update
+    assert [row[0] for row in update.coeffs] == pytest.approx([-0.01] * 2 + [-0.0025] * 4)
+    assert update.scales[0] == (pytest.approx(1 - 0.02 * 0.1),)
+
+
 def test_equal_losses_prefer_the_earlier_draw():
     optimizer = METHODS["greedy"].make(make_model())
     list(optimizer.ask())

@@ -6,6 +6,7 @@ coefficients. That is why a step of E evaluations needs E + 1 sweeps, and E with
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from zokern import ops
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.rules import Rule
+
+T = TypeVar("T")
 
 # The coefficient of each draw's direction.
 Coefficients = dict[int, float]
@@ -115,36 +118,36 @@ class Displacement:
             return None
         target = target if step is None else step.gradient
         draws = list(target)
-        directions = tuple(self._with_slots(draws))
-        coeffs, scales = [], []
-        for i, key in self._rows_apart():
-            row = self._expand(i, draws, [rules[key].direct * c for c in target.values()])
-            coeffs.append(tuple(row))
-            scales.append((rules[key].scale, *[1.0] * (len(row) - 1))[: len(row)])
-        is_scaled = any(rule.scale != 1.0 for rule in rules.values())
-        if len(coeffs) == 1:
-            return directions, coeffs[0], scales[0] if is_scaled else None
-        if not self.expansions:
-            # A row for each group; each of its members has that one.
-            rank = {key: n for n, key in enumerate(groups)}
-            ranks = [rank[id(member.group)] for member in self.members]
-            coeffs, scales = ([rows[n] for n in ranks] for rows in (coeffs, scales))
-        return directions, tuple(coeffs), tuple(scales) if is_scaled else None
 
-    def _rows_apart(self) -> list[tuple[int, int]]:
-        """The members whose rows may differ, each with its group: one of each group, or all."""
+        def row(i: int) -> tuple[tuple, tuple]:
+            rule = rules[id(self.members[i].group)]
+            coeffs = self._expand(i, draws, [rule.direct * c for c in target.values()])
+            return tuple(coeffs), (rule.scale, *[1.0] * (len(coeffs) - 1))[: len(coeffs)]
+
+        directions = tuple(self._with_slots(draws))
+        rows = self._per_member(row)
+        alike = all(other is rows[0] or other == rows[0] for other in rows)
+        coeffs, scales = rows[0] if alike else zip(*rows, strict=True)
+        is_scaled = any(rule.scale != 1.0 for rule in rules.values())
+        return directions, coeffs, scales if is_scaled else None
+
+    def _per_member(self, row: Callable[[int], T]) -> list[T]:
+        """A row for each member; where directions are noise alone, one for each group."""
         if self.expansions:
-            return [(i, id(member.group)) for i, member in enumerate(self.members)]
-        firsts: dict[int, int] = {}
+            return [row(i) for i in range(len(self.members))]
+        by_group: dict[int, T] = {}
         for i, member in enumerate(self.members):
-            firsts.setdefault(id(member.group), i)
-        return [(i, key) for key, i in firsts.items()]
+            if id(member.group) not in by_group:
+                by_group[id(member.group)] = row(i)
+        return [by_group[id(member.group)] for member in self.members]
 
     def _sweep(self, target: Coefficients, step: Step | None, seed: int, law: str) -> None:
         groups = {id(member.group): member.group for member in self.members}
         rules = {key: Rule() if step is None else step.rule(g) for key, g in groups.items()}
         route = self._route(target, step, list(rules.values()))
-        rows = self._rows(route, target, step, rules)
+        rows = self._per_member(
+            lambda i: self._row(i, route, target, step, rules[id(self.members[i].group)])
+        )
         stays = route.merges and not any(
             any(row.coeffs) or any(scale != 1.0 for scale in row.scales) for row in rows
         )
@@ -195,20 +198,6 @@ class Displacement:
                          has_masters, accumulates)  # fmt: skip
         return Route(list(dict.fromkeys((*undone, *gradient, *target))), [],
                      has_masters, accumulates)  # fmt: skip
-
-    def _rows(
-        self, route: Route, target: Coefficients, step: Step | None, rules: dict[int, Rule]
-    ) -> list[Row]:
-        """A row for each member; where directions are noise alone, one for each group."""
-        by_group: dict[int, Row] = {}
-        rows = []
-        for i, member in enumerate(self.members):
-            key = id(member.group)
-            row = None if self.expansions else by_group.get(key)
-            if row is None:
-                row = by_group[key] = self._row(i, route, target, step, rules[key])
-            rows.append(row)
-        return rows
 
     def _row(
         self, i: int, route: Route, target: Coefficients, step: Step | None, rule: Rule

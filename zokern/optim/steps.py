@@ -18,8 +18,8 @@ class Move:
     Attributes:
         draws: the directions; ~j stands for the method's dense direction j (ZOPrO: 0 is the
             previous update, 1 the reward delta).
-        coeffs: a number for each direction; or a row of them for each parameter that moves, where
-            they differ from one to the other.
+        coeffs: a number for each direction; or a row of them for each parameter that moves, in the
+            order of the param groups, where they differ from one to the other.
         scales: like coeffs; None where all are 1.
         seed, law: of the noise.
     """
