@@ -425,6 +425,127 @@ def test_points_of_several_groups_have_one_row():
     assert update.scales[0] == (pytest.approx(1 - 0.02 * 0.1),)
 
 
+@pytest.mark.parametrize("call", ["state_dict", "flush", "refresh"])
+@pytest.mark.parametrize("precision", ["inplace", "master"])
+def test_a_closure_does_not_change_the_optimizer(call, precision):
+    model = make_model()
+    optimizer = METHODS["mezo"].make(model, precision=precision)
+    before = weights(model)
+
+    def closure():
+        getattr(optimizer, call)()
+        return loss_of(model)()
+
+    with pytest.raises(RuntimeError, match="while a step evaluates its closure"):
+        optimizer.step(closure)
+    for a, b in zip(weights(model), before, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    optimizer.step(loss_of(model))
+
+
+@pytest.mark.parametrize("precision", ["inplace", "split", "master"])
+@pytest.mark.parametrize("how", ["flush", "tell", "ask", "closure"])
+def test_weights_loaded_in_the_middle_of_a_step_are_not_overwritten(precision, how):
+    model, other = (make_model(torch.bfloat16) for _ in range(2))
+    with torch.no_grad():
+        for param in other.parameters():
+            param.add_(1.0)
+    optimizer = METHODS["mezo"].make(model, precision=precision)
+
+    def load():
+        model.load_state_dict(other.state_dict())
+        raise KeyboardInterrupt
+
+    if how == "closure":
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step(load)
+    else:
+        points = optimizer.ask()
+        next(points)
+        if how == "tell":
+            next(points)
+        model.load_state_dict(other.state_dict())
+        with pytest.raises(RuntimeError, match=r"stands displaced.*refresh\(\)"):
+            {
+                "flush": optimizer.flush,
+                "tell": lambda: optimizer.tell([1.0, 1.1]),
+                "ask": lambda: next(points),
+            }[how]()
+    assert same(weights(model), weights(other))
+    optimizer.refresh()
+    optimizer.step(loss_of(model))
+
+
+def test_an_ask_that_is_over_moves_nothing():
+    model = make_model()
+    optimizer = METHODS["mezo"].make(model, precision="master")
+    before = weights(model)
+    points = optimizer.ask()
+    next(points)
+    optimizer.flush()
+    with pytest.raises(RuntimeError, match="the step of this ask is over"):
+        next(points)
+    assert same(weights(model), before)
+
+
+def test_all_points_are_visited_before_tell():
+    optimizer = METHODS["mezo"].make(make_model())
+    next(optimizer.ask())
+    with pytest.raises(RuntimeError, match="at 1 of them"):
+        optimizer.tell([1.0, 0.9])
+
+
+def test_two_parameters_of_one_name_are_refused():
+    a, b = nn.Linear(5, 7), nn.Linear(5, 7)
+    with pytest.raises(ValueError, match="two parameters have the name 'weight'"):
+        zokern.MeZO([{"params": a.named_parameters()}, {"params": b.named_parameters()}], 0.1)
+
+
+def test_a_state_is_of_one_method():
+    states = {name: METHODS[name].make(make_model()).state_dict() for name in ("gv", "fzoo")}
+    for state in states.values():
+        with pytest.raises(ValueError, match=r"not a state of MeZO, but of|has no"):
+            METHODS["mezo"].make(make_model()).load_state_dict(state)
+    bad = METHODS["mezo"].make(make_model()).state_dict()
+    bad["param_groups"][0]["eps"] = 0.0
+    with pytest.raises(ValueError, match="eps must be positive"):
+        METHODS["mezo"].make(make_model()).load_state_dict(bad)
+    wide = zokern.MeZO(nn.Linear(9, 9).named_parameters(), 0.1, precision="master").state_dict()
+    narrow = zokern.MeZO(nn.Linear(3, 9).named_parameters(), 0.1, precision="master")
+    with pytest.raises(ValueError, match="the state's master of weight has shape"):
+        narrow.load_state_dict(wide)
+
+
+def test_a_seed_changed_while_displaced_leads_back_to_rest():
+    model = make_model()
+    optimizer = METHODS["mezo"].make(model, eps=0.5, lr=0.0, fuse_next=True)
+    before = weights(model)
+    optimizer.step(loss_of(model))
+    optimizer.param_groups[0]["seed"] = 99
+    optimizer.flush()
+    for a, b in zip(weights(model), before, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_conmezo_under_a_scheduler_that_cycles_momentum():
+    model = make_model()
+    optimizer = METHODS["conmezo"].make(model)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=100)
+    before = weights(model)
+    for _ in range(20):
+        optimizer.step(loss_of(model))
+        scheduler.step()
+    assert max((a - b).abs().max() for a, b in zip(weights(model), before, strict=True)) > 1e-3
+    with pytest.raises(ValueError, match="does not take momentum"):
+        zokern.ConMeZO([{"params": make_model().named_parameters(), "momentum": 0.9}], 0.1)
+
+
+def test_the_elite_is_that_of_the_decimal_that_was_meant():
+    for elite, m, count in ((0.57, 100, 57), (0.29, 100, 29), (0.58, 50, 29), (0.5, 5, 2)):
+        optimizer = zokern.MeZOGV(make_model().parameters(), 0.1, candidates=m, elite=elite)
+        assert optimizer._elite_count() == count
+
+
 def test_equal_losses_prefer_the_earlier_draw():
     optimizer = METHODS["greedy"].make(make_model())
     list(optimizer.ask())
@@ -520,6 +641,7 @@ def test_a_method_of_ones_own_is_a_generator():
         (zokern.MeZOGV, {"candidates": 1}, "candidates must be an integer of at least 2"),
         (zokern.MeZOGV, {"elite": 1.0}, "makes 2 of 2 candidates the elite"),
         (zokern.MeZOGV, {"elite": 0.1}, "makes 0 of 2 candidates the elite"),
+        (zokern.MeZOGV, {"elite": "a"}, "elite must be a number between 0 and 1"),
         (zokern.MeZOGreedy, {"candidates": 2.5}, "candidates must be an integer"),
         (zokern.FZOO, {"candidates": 1}, "candidates must be an integer of at least 2"),
         (zokern.MeZO, {"momentum": 1.0}, "momentum must be at least 0 and below 1"),

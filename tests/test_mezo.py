@@ -643,7 +643,7 @@ def test_the_module_given_is_saved_at_rest():
         ({"eps": math.inf}, ValueError, "eps must be positive and finite"),
         ({"eps": 1e-60}, ValueError, "eps must be positive and finite in float32"),
         ({"eps": "1e-3"}, ValueError, "eps must be positive"),
-        ({"lr": "1e-3"}, ValueError, "lr must be at least 0, not '1e-3'"),
+        ({"lr": "1e-3"}, ValueError, "lr must be at least 0 and finite, not '1e-3'"),
         ({"weight_decay": "0.1"}, ValueError, "weight_decay must be at least 0"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay must be at least 0"),
         ({"samples": 0}, ValueError, "samples must be an integer of at least 1"),

@@ -237,3 +237,22 @@ def test_nan_weights_with_masters_are_no_reason_to_stop():
     for _ in range(2):
         optimizer.step(lambda: weight[1])
     assert weight[0].isnan()
+
+
+def test_copies_of_a_displaced_optimizer_know_where_they_stand():
+    model = make_model()
+    optimizer = METHODS["mezo"].make(model, precision="master", fuse_next=True)
+    optimizer.step(loss_of(model))
+    other, copied = copy.deepcopy((model, optimizer))
+    copied.flush()
+    optimizer.flush()
+    assert same(weights(model), weights(other))
+
+
+def test_values_that_are_not_changed_are_no_reason_to_stop_either():
+    weight = nn.Parameter(torch.tensor([math.nan, 1.0]))
+    optimizer = zokern.MeZO([("w", weight)], 0.1, precision="master")
+    optimizer.step(lambda: weight[1])
+    with torch.no_grad():
+        weight.mul_(1)
+    optimizer.step(lambda: weight[1])

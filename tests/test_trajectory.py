@@ -1,5 +1,6 @@
 """Recording a run, keeping the record safe, and replaying it."""
 
+import copy
 import json
 import os
 import random
@@ -107,6 +108,28 @@ def test_several_rounds_of_zopro_replay():
     assert same(weights(base), weights(make_model()))
     zokern.replay(base, trajectory, rounds=rounds)
     assert same(weights(base), weights(model))
+
+
+def test_rounds_with_vectors_of_frozen_parameters_replay():
+    model = make_model()
+    model[3].requires_grad_(False)
+    trajectory = Trajectory()
+    optimizer = METHODS["zopro"].make(model, precision="master", trajectory=trajectory)
+    optimizer.step(loss_of(model))
+    base = make_model()
+    zokern.replay(base, trajectory, rounds=rounds_of("zopro", base))
+    assert same(weights(base), weights(model))
+
+
+def test_tensors_that_cannot_be_written_are_refused_before_anything_is(monkeypatch):
+    _, trajectory = recorded("mezo", dtype=torch.float32)
+    monkeypatch.setattr(sys.modules["zokern.replay"], "ELEMENTS", 10)
+    base = dict(make_model().state_dict())
+    base["3.weight"] = torch.zeros(4, 32)[:, ::2].copy_(base["3.weight"])
+    before = {name: tensor.clone() for name, tensor in base.items()}
+    with pytest.raises(TrajectoryError, match=r"3\.weight cannot be written in place"):
+        zokern.replay(base, trajectory)
+    assert same(list(base.values()), list(before.values()))
 
 
 def test_parameters_without_names_replay_by_order():
@@ -232,6 +255,141 @@ def test_every_flipped_bit_is_noticed(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(TrajectoryError, match=r"damaged|cut off|no zokern trajectory"):
             Trajectory.load(path)
+
+
+def test_a_damaged_file_is_left_as_it_is(tmp_path):
+    path = tmp_path / "run.zok"
+    recorded("mezo", steps=20, trajectory=Trajectory(path))
+    data = bytearray(path.read_bytes())
+    data[-16 * 10 + 5] ^= 1
+    path.write_bytes(data)
+    for read in (Trajectory, lambda p: Trajectory.load(p, allow_truncated=True)):
+        with pytest.raises(TrajectoryError, match=r"is damaged in step 1\d "):
+            read(path)
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [("mezo", "master"), ("mezo", "split"), ("momentum", "inplace")]
+)
+def test_a_recording_begins_with_the_run(name, precision):
+    """Else a replay would lack what masters, residuals and momentum held already."""
+    model = make_model(torch.bfloat16)
+    optimizer = METHODS[name].make(model, precision=precision)
+    optimizer.step(loss_of(model))
+    late = METHODS[name].make(model, precision=precision, trajectory=Trajectory())
+    late.load_state_dict(optimizer.state_dict())
+    before = weights(model)
+    with pytest.raises(TrajectoryError, match="has begun without the trajectory"):
+        late.step(loss_of(model))
+    assert same(weights(model), before)
+
+
+def test_weights_in_place_may_be_recorded_from_any_step():
+    model = make_model()
+    optimizer = METHODS["mezo"].make(model)
+    optimizer.step(loss_of(model))
+    trajectory = Trajectory()
+    late = METHODS["mezo"].make(model, trajectory=trajectory)
+    late.load_state_dict(optimizer.state_dict())
+    base = make_model()
+    base.load_state_dict(model.state_dict())
+    late.step(loss_of(model))
+    zokern.replay(base, trajectory)
+    for a, b in zip(weights(base), weights(model), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_recorded_weights_that_somebody_changes_are_noticed():
+    model = make_model()
+    optimizer = METHODS["mezo"].make(model, trajectory=Trajectory())
+    optimizer.step(loss_of(model))
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"0\.weight is recorded in a trajectory"):
+        optimizer.step(loss_of(model))
+    with pytest.raises(RuntimeError, match="a trajectory records this run"):
+        optimizer.refresh()
+
+
+def test_a_run_that_made_no_step_leaves_no_checksums(tmp_path):
+    path = tmp_path / "run.zok"
+
+    def fails():
+        raise MemoryError
+
+    optimizer = METHODS["mezo"].make(make_model(), trajectory=Trajectory(path))
+    with pytest.raises(MemoryError):
+        optimizer.step(fails)
+    model, base = make_model(), make_model()
+    with torch.no_grad():
+        for param in (*model.parameters(), *base.parameters()):
+            param.add_(1)
+    optimizer = METHODS["mezo"].make(model, precision="master", trajectory=Trajectory(path))
+    optimizer.step(loss_of(model))
+    zokern.replay(base, path)
+    assert same(weights(base), weights(model))
+
+
+def test_a_run_may_be_made_anew_from_its_first_checkpoint(tmp_path):
+    path = tmp_path / "run.zok"
+    model = make_model()
+    first = METHODS["mezo"].make(model, precision="master", trajectory=Trajectory(path))
+    state = copy.deepcopy(first.state_dict())
+    first.step(loss_of(model))
+    again = make_model()
+    second = METHODS["mezo"].make(again, precision="master", trajectory=Trajectory(path))
+    second.load_state_dict(state)
+    second.step(loss_of(again))
+    assert same(weights(again), weights(model))
+    assert len(Trajectory.load(path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("seed", 5), ("law", "normal"), ("sign", True), ("precision", "inplace")]
+)
+def test_what_a_replay_takes_from_the_header_may_not_change(key, value):
+    model = make_model()
+    trajectory = Trajectory()
+    optimizer = METHODS["mezo"].make(model, precision="master", trajectory=trajectory)
+    optimizer.step(loss_of(model))
+    before = weights(model)
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(TrajectoryError, match=f"its {key} is"):
+        optimizer.step(loss_of(model))
+    assert same(weights(model), before)
+    assert len(trajectory) == 1
+
+
+def test_one_optimizer_records_in_a_trajectory(tmp_path):
+    trajectory = Trajectory()
+    first = METHODS["mezo"].make(make_model(), trajectory=trajectory)
+    second = METHODS["mezo"].make(make_model(), trajectory=trajectory)
+    first.step(loss_of(make_model()))
+    with pytest.raises(TrajectoryError, match="another optimizer records"):
+        second.step(loss_of(make_model()))
+
+    path = tmp_path / "run.zok"
+    models = make_model(), make_model()
+    pair = [METHODS["mezo"].make(m, trajectory=Trajectory(path)) for m in models]
+    pair[0].step(loss_of(models[0]))
+    with pytest.raises(TrajectoryError, match="somebody else has written to"):
+        pair[1].step(loss_of(models[1]))
+    assert len(Trajectory.load(path)) == 1
+
+
+def test_a_step_that_cannot_be_recorded_is_dropped(tmp_path):
+    path = tmp_path / "run.zok"
+    model = make_model()
+    optimizer = METHODS["mezo"].make(model, precision="master", trajectory=Trajectory(path))
+    optimizer.step(loss_of(model))
+    before = weights(model)
+    list(optimizer.ask())
+    path.unlink()
+    with pytest.raises(TrajectoryError, match="somebody else has written"):
+        optimizer.tell([1.0, 0.0])
+    assert same(weights(model), before)
+    assert optimizer.run["step"] == 1
 
 
 def test_a_run_resumes_from_its_checkpoint_and_its_file(tmp_path):
@@ -476,3 +634,19 @@ def test_the_command_says_what_is_wrong_and_leaves_nothing(tmp_path):
         assert message in run.stderr
         assert "Traceback" not in run.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.safetensors", "run.zok"]
+
+    base = dict(make_model(torch.bfloat16).state_dict())
+    folder = tmp_path / "twice"
+    folder.mkdir()
+    for name in ("a", "b"):
+        safetensors.save_file(base, folder / f"{name}.safetensors")
+    cases = [
+        ((folder, "--out", tmp_path / "out"), "several files of the folder hold"),
+        ((folder / "a.safetensors", "--out", tmp_path / "run.zok"), "would overwrite"),
+        ((folder / "a.safetensors", "--out", out, "--device", "tpu"), "'tpu' cannot be used"),
+    ]
+    for (base, *rest), message in cases:
+        run = command(base, tmp_path / "run.zok", *rest)
+        assert message in run.stderr
+        assert "Traceback" not in run.stderr
+    assert not (tmp_path / "out").exists()

@@ -290,3 +290,36 @@ def test_of_a_module_the_trained_parameters_count():
     assert set(zokern.zopro.delta(policy, base)) == {"1.weight", "1.bias", "3.weight", "3.bias"}
     policy.requires_grad_(False)
     assert len(zokern.zopro.delta(policy, base)) == 6
+
+
+def test_two_adapters_are_not_taken_for_one():
+    one, two = torch.ones(2), torch.full((2,), 9.0)
+    both = {"a.lora_A.policy.weight": one, "a.lora_A.reference.weight": two}
+    with pytest.raises(ValueError, match="the tensors of one adapter"):
+        zokern.zopro.delta(both, both)
+    params = [(name, nn.Parameter(tensor.clone())) for name, tensor in both.items()]
+    optimizer = zokern.ZOPrO(params, 0.1, previous_update=both, reward_delta=both, total_steps=3)
+    for name, param in params:
+        assert torch.equal(optimizer.state[param]["previous_update"], both[name])
+    with pytest.raises(ValueError, match=r"has several entries for 'a\.lora_A\.weight'"):
+        zokern.ZOPrO(
+            [("a.lora_A.weight", nn.Parameter(one.clone()))],
+            0.1,
+            previous_update=both,
+            reward_delta=both,
+            total_steps=3,
+        )
+
+
+def test_what_is_no_tensor_is_named():
+    model = make_model()
+    with pytest.raises(TypeError, match=r"reward_delta must map .* '0.bias' to 3.0"):
+        make(model, **changed(model, "reward_delta", "0.bias", 3.0))
+
+
+def test_no_new_round_in_an_open_step():
+    model = make_model()
+    optimizer = make(model)
+    list(optimizer.ask())
+    with pytest.raises(RuntimeError, match="a step is open"):
+        optimizer.set_round(**vectors(model))

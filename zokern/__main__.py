@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 import zokern
 from zokern import backends
-from zokern.checkpoints import rewritten
+from zokern.checkpoints import CheckpointError, rewritten
 from zokern.trajectory import Trajectory, TrajectoryError
 
 
@@ -66,8 +67,22 @@ def _replay(arguments: argparse.Namespace) -> None:
             f"{arguments.run} records parameters without names, which a checkpoint cannot be "
             "matched with: use zokern.replay"
         )
+    if arguments.out.absolute() == arguments.run.absolute():
+        raise CheckpointError(f"--out would overwrite the trajectory {arguments.run}")
+    device = _device(arguments.device)
+    # Stopped by a signal, it takes its temporary files along.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with rewritten(arguments.base, arguments.out) as tensors:
-        zokern.replay(tensors, trajectory, device=arguments.device, progress=True)
+        zokern.replay(tensors, trajectory, device=device, progress=True)
+
+
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        raise RuntimeError(f"the device {name!r} cannot be used: {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,6 +113,8 @@ def main() -> None:
     except (OSError, RuntimeError, ValueError) as error:
         # Bad files, and environment variables that ask for what cannot be had.
         sys.exit(f"zokern: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

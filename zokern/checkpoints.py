@@ -85,7 +85,11 @@ def _tensors(files: list[Path], maps: ExitStack) -> dict[str, Tensor]:
             mapped = mmap.mmap(file.fileno(), 0)
         # Closing a map that tensors still look at fails; letting go of it closes it after them.
         maps.callback(mapped.flush)
-        tensors |= _views(mapped, path)
+        views = _views(mapped, path)
+        twice = sorted(tensors.keys() & views.keys())
+        if twice:
+            raise CheckpointError(f"several files of the folder hold {twice[:3]}")
+        tensors |= views
     return tensors
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from zokern import ops
+from zokern.checks import is_dense
 from zokern.laws import canonical_name
 from zokern.optim.base import ZOOptimizer
 from zokern.optim.displacement import Member
+from zokern.optim.zopro import plain_name
 from zokern.progress import progress_bar
 from zokern.trajectory import Record, Trajectory, TrajectoryError, check_run, describe_tensor
 
@@ -34,6 +36,8 @@ def replay(
     progress: bool = False,
 ) -> None:
     """Turn base weights into the trained ones, in place, many steps a sweep, on any backend.
+
+    If it is interrupted, the weights stand somewhere between.
 
     Bit for bit the weights of a run under ``precision="master"``. A run that displaced its weights
     in place has rounded on the way: then the result agrees to float32 rounding (float32 weights,
@@ -183,17 +187,26 @@ def _recorded_tensors(weights: Weights, header: dict[str, Any]) -> list[Tensor]:
     given: list[Any] = list(weights.items() if isinstance(weights, Mapping) else weights)
     recorded = header["tensors"]
     if has_names or (given and isinstance(given[0], tuple)):
-        by_name = {canonical_name(name): tensor for name, tensor in given}
+        # A saved adapter leaves out its name, as in lora_A.default.weight.
+        by_name = {plain_name(name): tensor for name, tensor in given}
+        by_name |= {canonical_name(name): tensor for name, tensor in given}
     elif header["named"]:
         raise TrajectoryError("the run's parameters have names: give them with the weights")
     else:
         by_name = {str(i): tensor for i, tensor in enumerate(given)}
-    missing = [t["name"] for t in recorded if canonical_name(t["name"]) not in by_name]
+    found = [_look_up(by_name, entry["name"]) for entry in recorded]
+    missing = [t["name"] for t, tensor in zip(recorded, found, strict=True) if tensor is None]
     if missing:
         raise TrajectoryError(
             f"the trajectory is of another run: there are no weights for its {missing}"
         )
-    tensors = [by_name[canonical_name(entry["name"])] for entry in recorded]
+    tensors = [tensor for tensor in found if tensor is not None]
+    for entry, tensor in zip(recorded, tensors, strict=True):
+        if tensor.layout != torch.strided or not is_dense(tensor) or tensor.is_inference():
+            raise TrajectoryError(
+                f"{entry['name']} cannot be written in place: it is not dense in memory, or an "
+                "inference tensor"
+            )
     own = [
         describe_tensor(entry["name"], entry["id"], entry["group"], tensor)
         for entry, tensor in zip(recorded, tensors, strict=True)
@@ -206,6 +219,11 @@ def _recorded_tensors(weights: Weights, header: dict[str, Any]) -> list[Tensor]:
                 "these are not the weights that it began with"
             )
     return tensors
+
+
+def _look_up(by_name: dict[str, Tensor], name: str) -> Tensor | None:
+    tensor = by_name.get(canonical_name(name))
+    return by_name.get(plain_name(name)) if tensor is None else tensor
 
 
 def _method(header: dict[str, Any]) -> type[ZOOptimizer]:

@@ -19,7 +19,8 @@ import ctypes
 import json
 import os
 import struct
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +57,8 @@ class Trajectory:
 
     Give it to an optimizer (``trajectory=``), which appends each step. Beside the directions'
     numbers and the coefficients, it holds the seed, the law and the parameters' names, shapes and
-    checksums. At most 16 bytes a direction, step and param group, plus the header.
+    checksums. At most 16 bytes a direction, step and param group, plus the header, and a note where
+    weight decay or momentum change. A copy of an optimizer (deepcopy, pickle) does not record.
 
     Args:
         path: where each step is appended as it is made, so that a run that is killed loses at most
@@ -77,13 +79,16 @@ class Trajectory:
         self._records: list[bytes] = []
         # The records that are steps, and the settings that hold at the end.
         self._steps: list[int] = []
-        self._settings: dict[str, Any] | None = None
+        self._settings: dict[str, Any] = {}
+        self._owner: Callable[[], object | None] = lambda: None
         self._path = None if path is None else Path(path)
+        # What the file holds; half a record that a killed run left is cut off when it goes on.
+        self._size = 0
+        if self._path is not None and not self._path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {self._path.absolute().parent}")
         if self._path is not None and self._path.exists() and self._path.stat().st_size > 0:
-            # A run that was killed in the middle of a step leaves half a record.
             self._read(self._path, allow_truncated=True)
-            if self._path.stat().st_size != len(self.to_bytes()):
-                _write_atomically(self._path, self.to_bytes())
+            self._size = self._path.stat().st_size
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, allow_truncated: bool = False) -> "Trajectory":
@@ -91,7 +96,8 @@ class Trajectory:
 
         Args:
             path: the file.
-            allow_truncated: take the whole steps of a file that was cut off in mid-write.
+            allow_truncated: take the whole steps of a file that was cut off in mid-write; what is
+                damaged is refused all the same.
 
         Raises:
             TrajectoryError: if the file is cut off, damaged, or no trajectory.
@@ -114,12 +120,12 @@ class Trajectory:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[tuple[Record, dict[str, Any]]]:
-        """Each step and the settings that hold for it."""
+        """Each step and the settings that hold for it, one object as long as they do not change."""
         settings: dict[str, Any] = {}
         for record in self._records:
             content = _unpack(record, self._groups)
             if isinstance(content, _Settings):
-                settings = content.values
+                settings = settings | content.values
             else:
                 yield content, settings
 
@@ -128,19 +134,34 @@ class Trajectory:
         assert self.header is not None
         return self.header["groups"]
 
-    def attach(self, description: dict[str, Any], step: int) -> None:
+    def attach(
+        self, description: dict[str, Any], step: int, *, owner: object, may_rewind: bool
+    ) -> None:
         """Begin to record a run, or go on with it at its step number ``step``.
+
+        Args:
+            description: of the run, which the header keeps.
+            step: of the run.
+            owner: who records; nobody else may as long as it lives.
+            may_rewind: whether the run was loaded from a checkpoint, so that all its steps may be
+                made anew.
 
         Raises:
             TrajectoryError: if it holds another run, or other steps of this one; naming the field.
         """
-        if self.header is None:
+        if self._owner() not in (None, owner):
+            raise TrajectoryError("another optimizer records in this trajectory")
+        self._check_size()
+        if self.header is None or len(self) == 0:
+            # Of a run that made no step nothing is kept.
             header = description | {"format": 1, "first_step": step}
             if self._path is not None:
                 _write_atomically(self._path, _pack_header(header))
-            self.header = header
+                self._size = self._path.stat().st_size
+            self.header, self._records, self._settings = header, [], {}
+            self._owner = weakref.ref(owner)
             return
-        check_run(self.header, description, ignored=("method",))
+        check_run(self.header, description)
         made = step - self.header["first_step"]
         if made < 0 or made > len(self):
             raise TrajectoryError(
@@ -148,13 +169,14 @@ class Trajectory:
                 f"{self.header['first_step'] + len(self) - 1} of the run, which stands at step "
                 f"{step}: steps are missing"
             )
-        if made == 0 and len(self) > 0:
+        if made == 0 and not may_rewind:
             where = "" if self._path is None else f" in {self._path}"
             raise TrajectoryError(
                 f"the trajectory{where} holds {len(self)} steps already: record a new run in a new "
                 "one, or load the state of the run that it belongs to"
             )
         self._cut(made)
+        self._owner = weakref.ref(owner)
 
     def append(self, record: Record, settings: dict[str, Any]) -> None:
         """Add a step, which was made under these settings."""
@@ -164,38 +186,45 @@ class Trajectory:
                 f"{len(record.draws)}"
             )
         contents: list[Record | _Settings] = [record]
-        if settings != self._settings:
-            contents.insert(0, _Settings(settings))
+        known = self._settings
+        changed = {key: value for key, value in settings.items() if known.get(key) != value}
+        if changed:
+            contents.insert(0, _Settings(changed))
         place = len(self._records)
         packed = [_pack(content, place + i) for i, content in enumerate(contents)]
         if self._path is not None:
+            self._check_size()
             _append(self._path, b"".join(packed))
+            self._size += sum(map(len, packed))
         self._records += packed
         self._steps.append(len(self._records) - 1)
-        self._settings = settings
+        self._settings = known | changed
 
     def withdraw(self) -> None:
         """Take the last step back."""
         self._cut(len(self) - 1)
 
-    def _cut(self, steps: int) -> None:
-        """Drop all steps but the first so many."""
-        if steps == len(self):
+    def _check_size(self) -> None:
+        if self._path is None:
             return
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size != self._size:
+            raise TrajectoryError(f"somebody else has written to {self._path}")
+
+    def _cut(self, steps: int) -> None:
+        """Drop all steps but the first so many, and what may follow the last one in the file."""
         kept = self._steps[steps - 1] + 1 if steps > 0 else 0
         records = self._records[:kept]
         if self._path is not None:
             assert self.header is not None
-            os.truncate(self._path, len(_pack_header(self.header)) + sum(map(len, records)))
+            self._size = len(_pack_header(self.header)) + sum(map(len, records))
+            os.truncate(self._path, self._size)
         self._records, self._steps = records, self._steps[:steps]
-        self._settings = next(
-            (
-                content.values
-                for record in reversed(records)
-                if isinstance(content := _unpack(record, self._groups), _Settings)
-            ),
-            None,
-        )
+        self._settings = {}
+        for record in records:
+            content = _unpack(record, self._groups)
+            if isinstance(content, _Settings):
+                self._settings |= content.values
 
     def _read(self, path: Path, *, allow_truncated: bool) -> None:
         data = path.read_bytes()
@@ -203,19 +232,19 @@ class Trajectory:
         while at < len(data):
             size = _record_size(data, at, self._groups)
             record = data[at : at + (size or len(data))]
-            complete = size is not None and at + size <= len(data)
-            if not complete or not _is_intact(record, len(self._records)):
+            if size is None or at + size > len(data):
                 if allow_truncated:
                     break
-                damage = "is damaged" if complete else "is cut off"
                 raise TrajectoryError(
-                    f"{path} {damage} in step {len(self)} (at byte {at}); the steps before it can "
-                    "be had with Trajectory.load(..., allow_truncated=True)"
+                    f"{path} is cut off in step {len(self)} (at byte {at}); the steps before it "
+                    "can be had with Trajectory.load(..., allow_truncated=True)"
                 )
+            if not _is_intact(record, len(self._records)):
+                raise TrajectoryError(f"{path} is damaged in step {len(self)} (at byte {at})")
             self._records.append(record)
             content = _unpack(record, self._groups)
             if isinstance(content, _Settings):
-                self._settings = content.values
+                self._settings |= content.values
             else:
                 self._steps.append(len(self._records) - 1)
             at += len(record)
@@ -242,15 +271,20 @@ def checksum(tensor: Tensor) -> int:
     return binascii.crc32(ctypes.string_at(sample.data_ptr(), size)) if size else 0
 
 
-def check_run(header: dict[str, Any], other: dict[str, Any], ignored: tuple[str, ...] = ()) -> None:
-    """Raises TrajectoryError, naming the field, if a run is not the one that a header describes."""
+def check_run(header: dict[str, Any], other: dict[str, Any]) -> None:
+    """Raises TrajectoryError, naming the field, if a run is not the one that a header describes.
+
+    Of the other run only those fields are looked at that are given.
+    """
     for field, value in other.items():
-        if field in ignored or field == "tensors":
+        if field == "tensors":
             continue
         if header[field] != value:
             raise TrajectoryError(
                 f"the trajectory is of another run: its {field} is {header[field]!r}, not {value!r}"
             )
+    if "tensors" not in other:
+        return
     recorded, given = ([t["name"] for t in run["tensors"]] for run in (header, other))
     if recorded != given:
         raise TrajectoryError(

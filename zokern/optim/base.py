@@ -88,6 +88,8 @@ class ZOOptimizer(ZOState):
                 sign=sign,
                 common_random_numbers=common_random_numbers,
             ),
+            # A state is of one method.
+            "method": type(self).__name__,
             **(settings or {}),
             **self.STATE,
         }
@@ -153,8 +155,9 @@ class ZOOptimizer(ZOState):
             wanted = {*target, *displacement.coefficients, *(gradient or {})}
             for draw in wanted - displacement.expansions.keys():
                 displacement.expansions[draw] = self._expand(draw, displacement.members)
-        displacement.move(target, seed=self.run["seed"], law=self.run["law"], step=step)
-        self._versions.note(member.param for member in displacement.members)
+        with uninterrupted():
+            displacement.move(target, seed=self.run["seed"], law=self.run["law"], step=step)
+            self._versions.note(member.param for member in displacement.members)
 
     def ask(self) -> Iterator[Move]:
         """Move the weights to each point at which the step wants the loss, one after the other.
@@ -171,7 +174,7 @@ class ZOOptimizer(ZOState):
         elif self._open.asked:
             raise RuntimeError("tell the losses of the last ask first, or flush() to drop the step")
         self._open.asked = True
-        return self._visit(self._open.round)
+        return self._visit(self._open, self._open.round)
 
     def _begin(self) -> OpenStep:
         self._check_untouched()
@@ -190,9 +193,13 @@ class ZOOptimizer(ZOState):
     def _new_step(self) -> OpenStep:
         return OpenStep(self._method, self.run["draws"])
 
-    def _visit(self, points: list[Coefficients]) -> Iterator[Move]:
+    def _visit(self, step: OpenStep, points: list[Coefficients]) -> Iterator[Move]:
         for coefficients in points:
+            if self._open is not step or step.round is not points:
+                raise RuntimeError("the step of this ask is over: its losses were told, or dropped")
+            self._check_untouched()
             self._move(coefficients)
+            step.visited += 1
             made = self._displacement.from_rest(coefficients)
             assert made is not None
             yield Move(*made, self.run["seed"], self.run["law"])
@@ -214,8 +221,15 @@ class ZOOptimizer(ZOState):
         """
         if self._open is None or not self._open.asked:
             raise RuntimeError("tell follows ask: no step is open")
-        if len(losses) != len(self._open.round):
-            raise ValueError(f"got {len(losses)} losses for {len(self._open.round)} points")
+        points = len(self._open.round)
+        if self._open.visited < points:
+            raise RuntimeError(
+                f"tell needs the losses of all {points} points, and the weights have been at "
+                f"{self._open.visited} of them: go through ask() to its end"
+            )
+        if len(losses) != points:
+            raise ValueError(f"got {len(losses)} losses for {points} points")
+        self._check_untouched()
         values = [as_float(loss) for loss in losses]
         if self._equal_losses.seen(values):
             self._warn_once("equal", EqualLosses.WARNING)
@@ -243,19 +257,22 @@ class ZOOptimizer(ZOState):
             update=None if made is None else Move(*made, self.run["seed"], self.run["law"]),
         )
         with uninterrupted():
-            self._recorder.append(self, gradient)
-            self._update_run(
-                step=before["step"] + 1,
-                draws=step.next_draw,
-                skipped=before["skipped"] + skipped,
-                **self._next_state(estimate),
-            )
+            recorded = False
             try:
+                self._recorder.append(self, gradient)
+                recorded = True
+                self._update_run(
+                    step=before["step"] + 1,
+                    draws=step.next_draw,
+                    skipped=before["skipped"] + skipped,
+                    **self._next_state(estimate),
+                )
                 next_point = self._new_step().round[0] if self.run["fuse_next"] else {}
                 self._move(next_point, None if skipped else gradient)
             except BaseException:
                 self._update_run(**before)
-                self._recorder.withdraw()
+                if recorded:
+                    self._recorder.withdraw()
                 self.flush()
                 raise
             self._displacement.forget_all_but(next_point)
@@ -304,15 +321,22 @@ class ZOOptimizer(ZOState):
                         random_state = RandomState(
                             {m.param.device for m in self._displacement.members}
                         )
-                    losses.append(as_float(closure()))
+                    losses.append(as_float(self._evaluate(closure)))
                 result = self.tell(losses)
         except BaseException:
-            # Where the step could not even begin, the weights may be somebody else's.
-            if self._open is not None:
-                self._open = None
+            # Weights that somebody else has written stay as they are.
+            if self._open is not None and self._touched() is None:
                 self._rest()
+            self._open = None
             raise
         return torch.tensor(result.loss)
+
+    def _evaluate(self, closure: Callable[[], Loss]) -> Loss:
+        self._evaluating = True
+        try:
+            return closure()
+        finally:
+            self._evaluating = False
 
     def flush(self) -> None:
         """Bring the weights to rest, dropping a step that is open.
@@ -322,9 +346,11 @@ class ZOOptimizer(ZOState):
         given).
 
         Raises:
-            RuntimeError: if somebody has written to the displaced weights; see :meth:`refresh`.
+            RuntimeError: if somebody has written to the displaced weights, see :meth:`refresh`; and
+                in the closure of a step, as whatever else changes the optimizer's state.
         """
-        if self._open is None and not self._displacement.at_rest:
+        self._refuse_in_closure()
+        if not self._displacement.at_rest:
             self._check_untouched()
         self._open = None
         self._rest()

@@ -60,11 +60,17 @@ class ConMeZO(MeZO):
             raise ValueError(f"ConMeZO does not take {', '.join(excluded)}")
         super().__init__(params, lr, eps, settings={"angle": angle, "beta": beta}, **common)
 
+    def _check_last_group(self, precision: str) -> None:
+        super()._check_last_group(precision)
+        if self.param_groups[-1]["momentum"] != 0.0:
+            raise ValueError("ConMeZO does not take momentum: its own has the decay beta")
+
     def _keeps_momentum(self) -> bool:
         return True
 
     def _rule(self, group: dict[str, Any]) -> Rule:
-        sgd, beta = rule_of(group, sign=False), self.run["beta"]
+        # A scheduler that cycles momentum writes one into the groups.
+        sgd, beta = rule_of({**group, "momentum": 0.0}, sign=False), self.run["beta"]
         return Rule(sgd.scale, direct=sgd.direct, decay=beta, inflow=1.0 - beta)
 
     def _expand(self, draw: int, members: list[Member]) -> Expansion:

@@ -88,6 +88,8 @@ class Displacement:
         self.members: list[Member] = []
         self.coefficients: Coefficients = {}
         self.expansions: dict[int, Expansion] = {}
+        # Seed and law of the noise along which the weights are displaced.
+        self._noise: tuple[int, str] = (0, "")
 
     @property
     def at_rest(self) -> bool:
@@ -96,9 +98,14 @@ class Displacement:
     def move(self, target: Coefficients, *, seed: int, law: str, step: Step | None = None) -> None:
         """Go to ``target`` in one sweep, with a step of the place of rest on the way."""
         with uninterrupted():
+            if not self.at_rest and self._noise != (seed, law):
+                # Somebody has changed them in the meantime.
+                self._sweep({}, None, *self._noise)
+                self.coefficients = {}
             if step is not None or target != self.coefficients:
                 self._sweep(target, step, seed, law)
             self.coefficients = {draw: c for draw, c in target.items() if c != 0.0}
+            self._noise = (seed, law)
 
     def forget_all_but(self, kept: Coefficients) -> None:
         """Drop the expansions of draws that will not be moved along again."""

@@ -27,7 +27,8 @@ class MeZO(ZOOptimizer):
         eps: ε, the size of the perturbation.
         weight_decay: wd, decoupled.
         momentum: μ, at least 0 and below 1: m ← μ·m + ĝ, and m takes the place of ĝ. Kept in
-            float32 (4 bytes a parameter), updated in the same sweep as the weights.
+            float32 (4 bytes a parameter), updated in the same sweep as the weights. As with
+            ``torch.optim.SGD``, a scheduler that cycles momentum switches it on.
         sign: step by the sign of ĝ (or of m): θ ← (1 - lr·wd)·θ - lr·sign(ĝ).
         samples: q, directions a step.
         seed: of the run, below 2^64; None takes one from torch's generator.

@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 from zokern.optim.base import CommonArguments
 from zokern.optim.candidates import CandidateOptimizer
 from zokern.optim.estimates import pairs, ranked, two_sided
+from zokern.optim.parameters import is_number
 from zokern.optim.steps import Estimate, Method, OpenStep
 
 
@@ -58,6 +59,8 @@ class MeZOGV(CandidateOptimizer):
         history: bool = True,
         **common: Unpack[CommonArguments],
     ) -> None:
+        if not (is_number(elite) and 0 <= elite <= 1):
+            raise ValueError(f"elite must be a number between 0 and 1, not {elite!r}")
         own: dict[str, Any] = {"elite": elite, "history": bool(history)}
         super().__init__(params, lr, eps, candidates=candidates, settings=own, **common)
         if not 1 <= self._elite_count() < self.run["candidates"]:
@@ -67,7 +70,8 @@ class MeZOGV(CandidateOptimizer):
             )
 
     def _elite_count(self) -> int:
-        return int(self.run["elite"] * self.run["candidates"])
+        # ⌊αM⌋ of the decimal that was meant: 0.29·100 is 28.999… in binary.
+        return int(self.run["elite"] * self.run["candidates"] + 1e-9)
 
     def _method(self, step: OpenStep) -> Method:
         eps, m = self.run["eps"], self.run["candidates"]

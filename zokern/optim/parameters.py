@@ -33,8 +33,8 @@ def check_last_group(groups: Groups, precision: str, owner: str) -> None:
     """Raises TypeError or ValueError, naming what is wrong, if the last group cannot join."""
     group = groups[-1]
     for key in ("lr", "weight_decay"):
-        if not (is_number(group[key]) and group[key] >= 0):
-            raise ValueError(f"{key} must be at least 0, not {group[key]!r}")
+        if not (is_number(group[key]) and 0 <= group[key] < float("inf")):
+            raise ValueError(f"{key} must be at least 0 and finite, not {group[key]!r}")
     if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
         raise ValueError(f"momentum must be at least 0 and below 1, not {group['momentum']!r}")
     names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
@@ -51,6 +51,8 @@ def check_last_group(groups: Groups, precision: str, owner: str) -> None:
         resolve(precision, param.dtype)
     by_id: dict[int, str] = {}
     for number, (name, _) in zip(tensor_ids(groups), named(groups), strict=True):
+        if by_id.get(number) == name:
+            raise ValueError(f"two parameters have the name {name!r} and would get the same noise")
         if by_id.setdefault(number, name) != name:
             raise ValueError(
                 f"{by_id[number]!r} and {name!r} have the same tensor id and would get the same "

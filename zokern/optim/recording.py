@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from zokern.optim.displacement import Coefficients
 from zokern.optim.parameters import named
 from zokern.optim.rules import float32
-from zokern.trajectory import Record, Trajectory, describe_tensor
+from zokern.trajectory import Record, Trajectory, TrajectoryError, check_run, describe_tensor
 
 if TYPE_CHECKING:
     from zokern.optim.base import ZOOptimizer
@@ -21,23 +23,39 @@ class Recorder:
             raise TypeError(f"trajectory must be a zokern.Trajectory, not {trajectory!r}")
         self._trajectory = trajectory
         self._attached = False
+        self._may_rewind = False
 
     @property
     def has_begun(self) -> bool:
-        return self._attached and self._trajectory is not None and len(self._trajectory) > 0
+        return self._trajectory is not None and len(self._trajectory) > 0
 
-    def detach(self) -> None:
-        """What is recorded next must fit what the trajectory says of the run, which is checked."""
+    def detach(self, *, loaded: bool = False) -> None:
+        """What is recorded next must fit what the trajectory says of the run, which is checked.
+
+        After a checkpoint was loaded the run may stand at any of its steps.
+        """
         self._attached = False
+        self._may_rewind |= loaded
 
     def attach(self, optimizer: ZOOptimizer) -> None:
-        if self._trajectory is not None and not self._attached:
-            self._trajectory.attach(_describe(optimizer), optimizer.run["step"])
-            self._attached = True
+        if self._trajectory is None or self._attached:
+            return
+        if not self.has_begun:
+            _check_start(optimizer)
+        self._trajectory.attach(
+            _describe(optimizer),
+            optimizer.run["step"],
+            owner=self,
+            may_rewind=self._may_rewind,
+        )
+        self._attached = True
+        self._may_rewind = False
 
     def append(self, optimizer: ZOOptimizer, gradient: Coefficients) -> None:
         """Before the weights move, so that a step that cannot be recorded is not made."""
         if self._trajectory is not None:
+            assert self._trajectory.header is not None
+            check_run(self._trajectory.header, _of_run(optimizer))
             lrs = tuple(float32(float(group["lr"])) for group in optimizer.param_groups)
             record = Record(tuple(gradient), tuple(gradient.values()), lrs if gradient else ())
             self._trajectory.append(record, _settings(optimizer))
@@ -48,12 +66,25 @@ class Recorder:
             self._trajectory.withdraw()
 
 
-def _describe(optimizer: ZOOptimizer) -> dict[str, Any]:
-    """What the header says of the run; a checksum of the weights at rest is part of it."""
+def _check_start(optimizer: ZOOptimizer) -> None:
+    """A replay begins with the parameters alone: nothing beside them may hold part of the run."""
+    for member in optimizer._displacement.members:
+        master, residual, momentum = member.master, member.residual, member.momentum
+        moved = (
+            (master is not None and not torch.equal(master, member.param.float()))
+            or (optimizer.run["step"] > 0 and residual is not None and bool(residual.any()))
+            or (momentum is not None and bool(momentum.any()))
+        )
+        if moved:
+            raise TrajectoryError(
+                "the run has begun without the trajectory: masters, residuals or momentum hold "
+                "part of it already, which a replay could not have; record from the first step on"
+            )
+
+
+def _of_run(optimizer: ZOOptimizer) -> dict[str, Any]:
+    """What must not change while the run is recorded."""
     run = optimizer.run
-    names = {id(param): name for name, param in named(optimizer.param_groups)}
-    groups = {id(group): i for i, group in enumerate(optimizer.param_groups)}
-    members = optimizer._displacement.members
     return {
         # Other methods are their directions' numbers and coefficients alone.
         "method": type(optimizer).__name__ if _is_special(optimizer) else "ZOOptimizer",
@@ -62,6 +93,17 @@ def _describe(optimizer: ZOOptimizer) -> dict[str, Any]:
         "law": run["law"],
         "precision": run["precision"],
         "sign": run["sign"],
+    }
+
+
+def _describe(optimizer: ZOOptimizer) -> dict[str, Any]:
+    """What the header says of the run; a checksum of the weights at rest is part of it."""
+    run = optimizer.run
+    names = {id(param): name for name, param in named(optimizer.param_groups)}
+    groups = {id(group): i for i, group in enumerate(optimizer.param_groups)}
+    members = optimizer._displacement.members
+    return {
+        **_of_run(optimizer),
         "named": "param_names" in run,
         "groups": len(groups),
         "tensors": [

@@ -9,6 +9,10 @@ from zokern.laws import LAWS
 from zokern.optim.parameters import is_number
 from zokern.optim.precision import PRECISIONS
 
+SETTINGS = (
+    *("eps", "samples", "seed", "law", "precision", "fuse_next", "sign"),
+    "common_random_numbers",
+)
 COUNTERS = ("step", "draws", "skipped")
 
 # eps is used in float32, where smaller and larger ones become 0 and infinity.

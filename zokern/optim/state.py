@@ -12,6 +12,7 @@ from zokern.optim.losses import EqualLosses
 from zokern.optim.parameters import check_last_group, named, tensor_ids
 from zokern.optim.precision import VALUE_KEYS, new_value_state, resolve
 from zokern.optim.recording import Recorder
+from zokern.optim.settings import SETTINGS, run_settings
 from zokern.optim.steps import OpenStep, StepResult
 from zokern.optim.versions import Versions
 
@@ -32,6 +33,7 @@ class ZOState(Optimizer):
     _equal_losses: EqualLosses
     _warned: set[str]
     _run_defaults: dict[str, Any]
+    _evaluating = False
 
     @property
     def run(self) -> dict[str, Any]:
@@ -47,6 +49,13 @@ class ZOState(Optimizer):
 
     def _rest(self) -> None:
         raise NotImplementedError
+
+    def _refuse_in_closure(self) -> None:
+        if self._evaluating:
+            raise RuntimeError(
+                "the weights stand displaced while a step evaluates its closure: state_dict, "
+                "flush, refresh and the like must wait for the end of the step"
+            )
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters, as ``torch.optim.Optimizer.add_param_group``.
@@ -125,6 +134,7 @@ class ZOState(Optimizer):
         Raises:
             RuntimeError: if a trajectory records the run, which could not be replayed any more.
         """
+        self._refuse_in_closure()
         if self._recorder.has_begun:
             raise RuntimeError(
                 "a trajectory records this run from its base weights; other weights need a new "
@@ -157,20 +167,23 @@ class ZOState(Optimizer):
 
     def _touched(self) -> tuple[str, Tensor, str] | None:
         """A parameter that no longer holds what the optimizer takes it to hold, and why not."""
+        at_rest = self._displacement.at_rest
+        if self._versions.all_known(p for group in self.param_groups for p in group["params"]):
+            return None
         for name, param in named(self.param_groups):
             if not self._versions.changed(param):
                 continue
             state, known = self.state[param], self._versions.knows(param)
             master = state.get("master")
-            if master is None and self._recorder.has_begun:
-                return name, param, "is recorded in a trajectory"
-            if known and not self._displacement.at_rest:
-                return name, param, "stands displaced between steps (fuse_next)"
-            if master is not None and not torch.equal(param, master.to(param.dtype)):
+            if known and not at_rest:
+                return name, param, "stands displaced"
+            if master is not None and at_rest and not _same_bits(param, master.to(param.dtype)):
                 return name, param, "has a master in the optimizer"
-            # A residual that was loaded belongs to parameters that are loaded too.
+            # What was loaded belongs to parameters that are loaded too.
             if known and "residual" in state:
                 return name, param, "has a residual in the optimizer"
+            if known and master is None and self._recorder.has_begun:
+                return name, param, "is recorded in a trajectory"
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,13 +201,17 @@ class ZOState(Optimizer):
         Raises:
             ValueError: for a state of another kind of optimizer or of parameters with other names.
         """
+        self._refuse_in_closure()
         saved_run: dict[str, Any] = next(iter(state_dict.get("param_groups", [])), {})
+        owner = type(self).__name__
         missing = [key for key in self._run_defaults if key not in saved_run]
         if missing:
-            raise ValueError(
-                f"not a state of {type(self).__name__}: it has no {', '.join(missing)}"
-            )
+            raise ValueError(f"not a state of {owner}: it has no {', '.join(missing)}")
+        if saved_run["method"] != owner:
+            raise ValueError(f"not a state of {owner}, but of {saved_run['method']}")
+        run_settings(**{key: saved_run[key] for key in SETTINGS})
         self._check_names(state_dict)
+        self._check_shapes(state_dict)
         self._open = None
         if self._displacement.at_rest or self._touched() is None:
             self._rest()
@@ -207,7 +224,17 @@ class ZOState(Optimizer):
                     self.state[param][key] = value.to(param.device, copy=True)
         self._displacement = Displacement()
         self._versions.forget()
-        self._recorder.detach()
+        self._recorder.detach(loaded=True)
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, (name, param) in zip(saved, named(self.param_groups), strict=False):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and value.shape != param.shape:
+                    raise ValueError(
+                        f"the state's {key} of {name} has shape {tuple(value.shape)}, the "
+                        f"parameter {tuple(param.shape)}"
+                    )
 
     def _check_names(self, state_dict: dict[str, Any]) -> None:
         for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
@@ -243,3 +270,9 @@ class ZOState(Optimizer):
             f"{type(self).__name__} uses no gradients, so there is nothing to scale: call "
             "optimizer.step(closure) without a GradScaler"
         )
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal also where both are NaN."""
+    bits = torch.int32 if a.dtype == torch.float32 else torch.int16
+    return torch.equal(a.detach().view(bits), b.view(bits))

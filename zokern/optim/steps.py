@@ -79,6 +79,8 @@ class OpenStep:
     def __init__(self, method: Callable[["OpenStep"], Method], first_draw: int) -> None:
         self.next_draw = first_draw
         self.asked = False
+        # The points of the round that the weights have been moved to.
+        self.visited = 0
         self._method = method(self)
         self.round = next(self._method)
 
@@ -95,4 +97,5 @@ class OpenStep:
         except StopIteration as end:
             return end.value
         self.asked = False
+        self.visited = 0
         return None

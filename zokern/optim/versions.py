@@ -19,6 +19,10 @@ class Versions:
         """Their content may be anybody's."""
         self._known.clear()
 
+    def all_known(self, params: Iterable[Tensor]) -> bool:
+        """Whether none of them was written to since it was noted."""
+        return not any(self.changed(param) for param in params)
+
     def knows(self, param: Tensor) -> bool:
         return id(param) in self._known
 

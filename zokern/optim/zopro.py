@@ -112,10 +112,15 @@ class ZOPrO(ZOOptimizer):
 
         Raises:
             ValueError, TypeError: as the constructor, before anything is changed.
+            RuntimeError: while a step is open.
         """
+        self._set_vectors(previous_update, reward_delta, exact=True)
+
+    def _set_vectors(self, previous_update: Vectors, reward_delta: Vectors, *, exact: bool) -> None:
+        self._refuse_while_open()
         params = named(self.param_groups)
         vectors = {
-            "previous_update": _vectors_of(params, previous_update, "previous_update", exact=True),
+            "previous_update": _vectors_of(params, previous_update, "previous_update", exact=exact),
             "reward_delta": _vectors_of(params, reward_delta, "reward_delta", exact=False),
         }
         self.flush()
@@ -123,6 +128,10 @@ class ZOPrO(ZOOptimizer):
             for param, vector in found:
                 self.state[param][key] = vector
         self._norms, self._checksums = {}, None
+
+    def _refuse_while_open(self) -> None:
+        if self._open is not None:
+            raise RuntimeError("a step is open: tell its losses first, or flush() to drop it")
 
     def advance(self) -> None:
         """With ``advance="manual"``: new noise from the next step on, and γ one decay further.
@@ -132,8 +141,7 @@ class ZOPrO(ZOOptimizer):
         """
         if self.run["advance"] != "manual":
             raise RuntimeError("each step advances by itself: give advance='manual' to do it here")
-        if self._open is not None:
-            raise RuntimeError("a step is open: tell its losses first, or flush() to drop it")
+        self._refuse_while_open()
         self.flush()
         self._update_run(advances=self.run["advances"] + 1)
 
@@ -214,13 +222,11 @@ class ZOPrO(ZOOptimizer):
                 "reward_delta), …]"
             )
         previous_update, reward_delta = rounds[0]
-        return cls(
-            params,
-            previous_update=previous_update,
-            reward_delta=reward_delta,
-            **arguments,
-            **common,
-        )
+        # What was frozen during the run may have a vector, but is not replayed.
+        entries = [entry for group in params for entry in group["params"]]
+        names = {plain_name(entry[0]) for entry in entries if isinstance(entry, tuple)}
+        moved = {k: v for k, v in previous_update.items() if not names or plain_name(k) in names}
+        return cls(params, previous_update=moved, reward_delta=reward_delta, **arguments, **common)
 
     def _direction_settings(self) -> dict[str, Any]:
         advances = self.run["advances"]
@@ -243,7 +249,7 @@ class ZOPrO(ZOOptimizer):
         if self._vector_checksums() == settings["checksums"]:
             return
         for vectors in rounds:
-            self.set_round(*vectors)
+            self._set_vectors(*vectors, exact=False)
             if self._vector_checksums() == settings["checksums"]:
                 return
         raise TrajectoryError(
@@ -276,15 +282,15 @@ def _vectors_of(
     """
     if not isinstance(vectors, Mapping):
         raise TypeError(f"{what} must be a mapping from names or parameters to tensors")
-    by_param = {id(key): value for key, value in vectors.items() if isinstance(key, Tensor)}
-    by_name = {
-        plain_name(key): value for key, value in vectors.items() if not isinstance(key, Tensor)
-    }
+    for key, value in vectors.items():
+        if not isinstance(key, str | Tensor) or not isinstance(value, Tensor):
+            raise TypeError(
+                f"{what} must map names or parameters to tensors, not {key!r} to {value!r}"
+            )
+    left = _Entries(vectors, what)
     found, missing = [], []
     for name, param in params:
-        vector = by_param.pop(id(param), None)
-        if vector is None:
-            vector = by_name.pop(plain_name(name), None)
+        vector = left.take(name, param)
         if vector is None:
             missing += [name] if param.requires_grad else []
             continue
@@ -301,10 +307,33 @@ def _vectors_of(
     if missing:
         advice = "" if exact else ": give zeros where the reward model has nothing to say"
         raise ValueError(f"{what} has no entry for {missing}{advice}")
-    if exact and (by_param or by_name):
-        extra = [*by_name, *(f"a parameter of shape {tuple(v.shape)}" for v in by_param.values())]
-        raise ValueError(f"{what} has entries for no parameter of the optimizer: {extra}")
+    if exact and left.names():
+        raise ValueError(f"{what} has entries for no parameter of the optimizer: {left.names()}")
     return found
+
+
+class _Entries:
+    """The entries of a mapping that have not been taken yet."""
+
+    def __init__(self, vectors: Vectors, what: str) -> None:
+        self._what = what
+        self._by_param = {id(k): v for k, v in vectors.items() if isinstance(k, Tensor)}
+        self._by_name = {canonical_name(k): v for k, v in vectors.items() if isinstance(k, str)}
+
+    def take(self, name: str, param: Tensor) -> Tensor | None:
+        """That of the parameter, of its name, or of its name without what PEFT adds to it."""
+        if id(param) in self._by_param:
+            return self._by_param.pop(id(param))
+        if canonical_name(name) in self._by_name:
+            return self._by_name.pop(canonical_name(name))
+        alike = [key for key in self._by_name if plain_name(key) == plain_name(name)]
+        if len(alike) > 1:
+            raise ValueError(f"{self._what} has several entries for {name!r}: {alike}")
+        return self._by_name.pop(alike[0]) if alike else None
+
+    def names(self) -> list[str]:
+        shapes = (tuple(vector.shape) for vector in self._by_param.values())
+        return [*self._by_name, *(f"a parameter of shape {shape}" for shape in shapes)]
 
 
 def delta(
@@ -352,11 +381,17 @@ def _tensors(source: nn.Module | Mapping[str, Tensor], *, trained: bool) -> dict
             tensors = {n: p for n, p in tensors.items() if p.requires_grad} or tensors
     else:
         tensors = dict(source)
-    return {
-        plain_name(name): tensor.detach()
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point()
-    }
+    named_tensors: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            continue
+        if plain_name(name) in named_tensors:
+            raise ValueError(
+                f"{name!r} is not the only tensor that is called {plain_name(name)!r} without the "
+                "name of its adapter: give the tensors of one adapter"
+            )
+        named_tensors[plain_name(name)] = tensor.detach()
+    return named_tensors
 
 
 # Components of PEFT's modules that are followed by the name of the adapter.
