@@ -1,7 +1,9 @@
 """How weights are kept: updates that arrive, restores that are exact, weights that others load."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -256,3 +258,70 @@ def test_values_that_are_not_changed_are_no_reason_to_stop_either():
     with torch.no_grad():
         weight.mul_(1)
     optimizer.step(lambda: weight[1])
+
+
+class Counting(nn.Module):
+    """Its forward writes to a frozen parameter, as codebooks and momentum encoders do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        self.mean = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(x.mean(), alpha=0.1)
+        return self.layer(x) - self.mean
+
+
+@pytest.mark.parametrize("fuse_next", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
+def test_frozen_parameters_may_be_written_to(fuse_next, recorded):
+    model, x = Counting(), torch.randn(8, 4)
+    trajectory = zokern.Trajectory() if recorded else None
+    optimizer = METHODS["mezo"].make(model, fuse_next=fuse_next, trajectory=trajectory)
+    for _ in range(3):
+        optimizer.step(lambda: model(x).square().mean())
+        with torch.no_grad():
+            model.mean.zero_()
+
+
+def test_weights_that_a_forward_changes_are_refused_and_the_others_restored():
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.5), nn.Linear(4, 1))
+    tokens = torch.arange(5)
+    optimizer = METHODS["mezo"].make(model, precision="master", eps=0.1)
+    before = weights(model[1])
+    with pytest.raises(RuntimeError, match=r"0\.weight stands displaced"):
+        optimizer.step(lambda: model(tokens).square().mean())
+    assert same(weights(model[1]), before)
+    optimizer.refresh()
+    assert same(weights(model[1]), before)
+
+
+def test_refresh_in_the_middle_of_a_step_keeps_the_weights_that_nobody_touched():
+    model = make_model()
+    optimizer = METHODS["mezo"].make(model, precision="master", eps=0.5)
+    before = weights(model)
+    next(optimizer.ask())
+    with torch.no_grad():
+        model[0].weight.fill_(3.0)
+    optimizer.refresh()
+    assert torch.equal(model[0].weight, torch.full_like(model[0].weight, 3.0))
+    assert same(weights(model)[1:], before[1:])
+
+
+def test_an_optimizer_is_freed_when_it_is_dropped():
+    """Steps that are dropped or only looked at hold it in no cycle."""
+    model = make_model()
+    METHODS["mezo"].make(make_model())  # torch's imports hold the first one of a process
+    optimizer = METHODS["mezo"].make(model, fuse_next=True)
+    gc.disable()
+    try:
+        optimizer.step(loss_of(model))
+        next(optimizer.ask())
+        optimizer.flush()
+        alive = weakref.ref(optimizer)
+        del optimizer
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import random
 import signal
 import struct
@@ -376,6 +377,48 @@ def test_one_optimizer_records_in_a_trajectory(tmp_path):
     with pytest.raises(TrajectoryError, match="somebody else has written to"):
         pair[1].step(loss_of(models[1]))
     assert len(Trajectory.load(path)) == 1
+
+
+def test_an_optimizer_that_was_loaded_takes_over():
+    model, trajectory = make_model(), Trajectory()
+    first = METHODS["mezo"].make(model, precision="master", trajectory=trajectory)
+    first.step(loss_of(model))
+    second = METHODS["mezo"].make(model, precision="master", trajectory=trajectory)
+    second.load_state_dict(first.state_dict())
+    second.step(loss_of(model))
+    with pytest.raises(RuntimeError, match="somebody else has written"):
+        first.step(loss_of(model))
+    base = make_model()
+    zokern.replay(base, trajectory)
+    assert same(weights(base), [second.state[p]["master"] for p in model.parameters()])
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+def test_a_copy_of_a_trajectory_is_a_branch_of_the_run(duplicate):
+    model, trajectory = make_model(), Trajectory()
+    first = METHODS["mezo"].make(model, precision="master", trajectory=trajectory)
+    first.step(loss_of(model))
+    other = copy.deepcopy(model)
+    branch = METHODS["mezo"].make(other, precision="master", trajectory=duplicate(trajectory))
+    branch.load_state_dict(copy.deepcopy(first.state_dict()))
+    branch.step(loss_of(other))
+    first.step(loss_of(model))
+    assert same(weights(model), weights(other))
+    assert len(trajectory) == 2
+
+
+def test_weights_loaded_before_the_first_recorded_step_are_the_base():
+    model, base, trajectory = make_model(), make_model(), Trajectory()
+    optimizer = METHODS["mezo"].make(model, trajectory=trajectory)
+    next(optimizer.ask())
+    optimizer.flush()
+    with torch.no_grad():
+        for param in (*model.parameters(), *base.parameters()):
+            param.fill_(0.1)
+    optimizer.step(loss_of(model))
+    zokern.replay(base, trajectory)
+    for a, b in zip(weights(base), weights(model), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_a_step_that_cannot_be_recorded_is_dropped(tmp_path):

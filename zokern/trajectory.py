@@ -20,7 +20,7 @@ import json
 import os
 import struct
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +80,7 @@ class Trajectory:
         # The records that are steps, and the settings that hold at the end.
         self._steps: list[int] = []
         self._settings: dict[str, Any] = {}
-        self._owner: Callable[[], object | None] = lambda: None
+        self._owner: weakref.ref | None = None
         self._path = None if path is None else Path(path)
         # What the file holds; half a record that a killed run left is cut off when it goes on.
         self._size = 0
@@ -143,14 +143,14 @@ class Trajectory:
             description: of the run, which the header keeps.
             step: of the run.
             owner: who records; nobody else may as long as it lives.
-            may_rewind: whether the run was loaded from a checkpoint, so that all its steps may be
-                made anew.
+            may_rewind: whether the run was loaded from a checkpoint: then it takes over from
+                another owner, and all its steps may be made anew.
 
         Raises:
             TrajectoryError: if it holds another run, or other steps of this one; naming the field.
         """
-        if self._owner() not in (None, owner):
-            raise TrajectoryError("another optimizer records in this trajectory")
+        if not may_rewind:
+            self._check_owner(owner)
         self._check_size()
         if self.header is None or len(self) == 0:
             # Of a run that made no step nothing is kept.
@@ -178,8 +178,9 @@ class Trajectory:
         self._cut(made)
         self._owner = weakref.ref(owner)
 
-    def append(self, record: Record, settings: dict[str, Any]) -> None:
+    def append(self, record: Record, settings: dict[str, Any], *, owner: object) -> None:
         """Add a step, which was made under these settings."""
+        self._check_owner(owner)
         if len(record.draws) > MAX_DIRECTIONS:
             raise ValueError(
                 f"a trajectory records at most {MAX_DIRECTIONS} directions a step, not "
@@ -204,6 +205,15 @@ class Trajectory:
         """Take the last step back."""
         self._cut(len(self) - 1)
 
+    def _check_owner(self, owner: object) -> None:
+        other = None if self._owner is None else self._owner()
+        if other is not None and other is not owner:
+            raise TrajectoryError("another optimizer records in this trajectory")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is nobody's yet.
+        return self.__dict__ | {"_owner": None}
+
     def _check_size(self) -> None:
         if self._path is None:
             return
@@ -217,8 +227,9 @@ class Trajectory:
         records = self._records[:kept]
         if self._path is not None:
             assert self.header is not None
-            self._size = len(_pack_header(self.header)) + sum(map(len, records))
-            os.truncate(self._path, self._size)
+            size = len(_pack_header(self.header)) + sum(map(len, records))
+            os.truncate(self._path, size)
+            self._size = size
         self._records, self._steps = records, self._steps[:steps]
         self._settings = {}
         for record in records:

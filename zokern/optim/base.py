@@ -187,11 +187,18 @@ class ZOOptimizer(ZOState):
             self._rest()
             self._displacement.members = members
             self._recorder.detach()
-        self._recorder.attach(self)
+        with uninterrupted():
+            self._recorder.attach(self)
         return self._new_step()
 
     def _new_step(self) -> OpenStep:
         return OpenStep(self._method, self.run["draws"])
+
+    def _first_point(self) -> Coefficients:
+        """Where the next step will want the weights first."""
+        step = self._new_step()
+        step.close()
+        return step.round[0]
 
     def _visit(self, step: OpenStep, points: list[Coefficients]) -> Iterator[Move]:
         for coefficients in points:
@@ -267,7 +274,7 @@ class ZOOptimizer(ZOState):
                     skipped=before["skipped"] + skipped,
                     **self._next_state(estimate),
                 )
-                next_point = self._new_step().round[0] if self.run["fuse_next"] else {}
+                next_point = self._first_point() if self.run["fuse_next"] else {}
                 self._move(next_point, None if skipped else gradient)
             except BaseException:
                 self._update_run(**before)
@@ -324,10 +331,9 @@ class ZOOptimizer(ZOState):
                     losses.append(as_float(self._evaluate(closure)))
                 result = self.tell(losses)
         except BaseException:
-            # Weights that somebody else has written stay as they are.
-            if self._open is not None and self._touched() is None:
-                self._rest()
-            self._open = None
+            if self._open is not None:
+                self._drop_step()
+                self._rest_untouched()
             raise
         return torch.tensor(result.loss)
 
@@ -352,7 +358,7 @@ class ZOOptimizer(ZOState):
         self._refuse_in_closure()
         if not self._displacement.at_rest:
             self._check_untouched()
-        self._open = None
+        self._drop_step()
         self._rest()
 
     def _rest(self) -> None:

@@ -111,6 +111,14 @@ class Displacement:
         """Drop the expansions of draws that will not be moved along again."""
         self.expansions = {d: e for d, e in self.expansions.items() if d in kept}
 
+    def keep(self, wanted: Callable[[Member], bool]) -> None:
+        """Leave the other members where they stand."""
+        kept = [i for i, member in enumerate(self.members) if wanted(member)]
+        self.members = [self.members[i] for i in kept]
+        self.expansions = {d: [rows[i] for i in kept] for d, rows in self.expansions.items()}
+        if not self.members:
+            self.coefficients = {}
+
     def from_rest(
         self, target: Coefficients, step: Step | None = None
     ) -> tuple[tuple[int, ...], tuple, tuple | None] | None:

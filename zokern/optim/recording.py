@@ -38,7 +38,8 @@ class Recorder:
         self._may_rewind |= loaded
 
     def attach(self, optimizer: ZOOptimizer) -> None:
-        if self._trajectory is None or self._attached:
+        # Until a step is made the weights may still be others.
+        if self._trajectory is None or (self._attached and self.has_begun):
             return
         if not self.has_begun:
             _check_start(optimizer)
@@ -58,7 +59,7 @@ class Recorder:
             check_run(self._trajectory.header, _of_run(optimizer))
             lrs = tuple(float32(float(group["lr"])) for group in optimizer.param_groups)
             record = Record(tuple(gradient), tuple(gradient.values()), lrs if gradient else ())
-            self._trajectory.append(record, _settings(optimizer))
+            self._trajectory.append(record, _settings(optimizer), owner=self)
 
     def withdraw(self) -> None:
         """Take the last step back, which was not made after all."""

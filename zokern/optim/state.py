@@ -50,6 +50,18 @@ class ZOState(Optimizer):
     def _rest(self) -> None:
         raise NotImplementedError
 
+    def _drop_step(self) -> None:
+        if self._open is not None:
+            self._open.close()
+        self._open = None
+
+    def _rest_untouched(self) -> None:
+        """Bring to rest what nobody else has written to."""
+        displacement = self._displacement
+        if not displacement.at_rest:
+            displacement.keep(lambda member: not self._versions.changed(member.param))
+        self._rest()
+
     def _refuse_in_closure(self) -> None:
         if self._evaluating:
             raise RuntimeError(
@@ -129,7 +141,8 @@ class ZOState(Optimizer):
 
         Call it after new weights were loaded into the module, or they were changed in any other
         way than by this optimizer: what it keeps beside the parameters (masters, residuals, where
-        they stand displaced) belongs to the old ones. Momentum and counters stay.
+        they stand displaced) belongs to the old ones. Parameters that nobody else has written to
+        come to rest as with :meth:`flush`. Momentum and counters stay.
 
         Raises:
             RuntimeError: if a trajectory records the run, which could not be replayed any more.
@@ -140,7 +153,8 @@ class ZOState(Optimizer):
                 "a trajectory records this run from its base weights; other weights need a new "
                 "optimizer with a trajectory of its own"
             )
-        self._open = None
+        self._drop_step()
+        self._rest_untouched()
         self._recorder.detach()
         self._displacement = Displacement()
         for _, param in named(self.param_groups):
@@ -158,10 +172,13 @@ class ZOState(Optimizer):
             return
         if self._displacement.members or not self._versions.knows(touched[1]):
             name, _, what = touched
-            raise RuntimeError(
-                f"{name} {what}, and somebody else has written to it: call refresh() to go on from "
-                "the weights as they are now"
-            )
+            advice = "call refresh() to go on from the weights as they are now"
+            if self._recorder.has_begun:
+                advice = (
+                    "a replay would not know; where it holds again what it held, "
+                    "load_state_dict(state_dict()) of the optimizer goes on"
+                )
+            raise RuntimeError(f"{name} {what}, and somebody else has written to it: {advice}")
         # Nothing has moved yet, so nothing belongs to the weights of before.
         self.refresh()
 
@@ -170,19 +187,23 @@ class ZOState(Optimizer):
         at_rest = self._displacement.at_rest
         if self._versions.all_known(p for group in self.param_groups for p in group["params"]):
             return None
+        moving = {id(member.param) for member in self._displacement.members}
         for name, param in named(self.param_groups):
             if not self._versions.changed(param):
                 continue
             state, known = self.state[param], self._versions.knows(param)
             master = state.get("master")
-            if known and not at_rest:
+            if known and not at_rest and id(param) in moving:
                 return name, param, "stands displaced"
+            if not param.requires_grad:
+                # Frozen, it is not moved, and looked at again when it is thawed.
+                continue
             if master is not None and at_rest and not _same_bits(param, master.to(param.dtype)):
                 return name, param, "has a master in the optimizer"
             # What was loaded belongs to parameters that are loaded too.
             if known and "residual" in state:
                 return name, param, "has a residual in the optimizer"
-            if known and master is None and self._recorder.has_begun:
+            if known and id(param) in moving and master is None and self._recorder.has_begun:
                 return name, param, "is recorded in a trajectory"
         return None
 
@@ -212,9 +233,8 @@ class ZOState(Optimizer):
         run_settings(**{key: saved_run[key] for key in SETTINGS})
         self._check_names(state_dict)
         self._check_shapes(state_dict)
-        self._open = None
-        if self._displacement.at_rest or self._touched() is None:
-            self._rest()
+        self._drop_step()
+        self._rest_untouched()
         super().load_state_dict(state_dict)
         # torch has cast them to the parameter's dtype.
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]

@@ -84,6 +84,10 @@ class OpenStep:
         self._method = method(self)
         self.round = next(self._method)
 
+    def close(self) -> None:
+        """Let go of the method, and with it of the optimizer."""
+        self._method.close()
+
     def take_draws(self, count: int) -> list[int]:
         """The numbers of the next directions of the run."""
         draws = list(range(self.next_draw, self.next_draw + count))

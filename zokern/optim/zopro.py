@@ -225,7 +225,11 @@ class ZOPrO(ZOOptimizer):
         # What was frozen during the run may have a vector, but is not replayed.
         entries = [entry for group in params for entry in group["params"]]
         names = {plain_name(entry[0]) for entry in entries if isinstance(entry, tuple)}
-        moved = {k: v for k, v in previous_update.items() if not names or plain_name(k) in names}
+        moved = {
+            key: vector
+            for key, vector in previous_update.items()
+            if not (names and isinstance(key, str)) or plain_name(key) in names
+        }
         return cls(params, previous_update=moved, reward_delta=reward_delta, **arguments, **common)
 
     def _direction_settings(self) -> dict[str, Any]:
