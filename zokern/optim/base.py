@@ -9,14 +9,14 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from zokern.optim.displacement import Coefficients, Displacement, Expansion, Member, Step
+from zokern.optim.displacement import Coefficients, Displacement
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.losses import EqualLosses, Loss, as_float
 from zokern.optim.parameters import named
 from zokern.optim.precision import log_memory
 from zokern.optim.randomness import RandomState
 from zokern.optim.recording import Recorder
-from zokern.optim.rules import Rule, float32, rule_of
+from zokern.optim.rules import float32
 from zokern.optim.settings import COUNTERS, run_settings
 from zokern.optim.state import ZOState
 from zokern.optim.steps import Estimate, Method, Move, OpenStep, StepResult
@@ -115,17 +115,17 @@ class ZOOptimizer(ZOState):
         """
         raise TypeError(f"{type(self).__name__} does not say how it estimates: override _method")
 
-    def _expand(self, draw: int, members: list[Member]) -> Expansion:
-        """What a draw's direction is made of, for a method with ``DENSE`` tensors."""
-        raise TypeError(f"{type(self).__name__} has DENSE tensors: override _expand")
-
-    def _rule(self, group: dict[str, Any]) -> Rule:
-        """How the estimated gradient is applied to a group's parameters."""
-        return rule_of(group, sign=self.run["sign"])
-
     def _next_state(self, estimate: Estimate) -> dict[str, Any]:
         """``STATE`` after a step, a skipped one too."""
         return estimate.state
+
+    def _replays_as(self) -> str:
+        """The class that a replay needs, for the directions or how the estimate is applied.
+
+        Other methods are their directions' numbers and coefficients alone.
+        """
+        is_special = bool(self.DENSE) or type(self)._rule is not ZOOptimizer._rule
+        return type(self).__name__ if is_special else ZOOptimizer.__name__
 
     def _replay_arguments(self) -> dict[str, Any]:
         """The constructor's arguments that a replay needs: a trajectory's header keeps them."""
@@ -144,20 +144,6 @@ class ZOOptimizer(ZOState):
 
     def _follow(self, settings: dict[str, Any], number: int, rounds: Sequence) -> None:
         """Take over what was recorded by :meth:`_direction_settings` for step ``number``."""
-
-    def _as_step(self, gradient: Coefficients) -> Step:
-        return Step(gradient, self._rule, self.run["sign"])
-
-    def _move(self, target: Coefficients, gradient: Coefficients | None = None) -> None:
-        step = None if gradient is None else self._as_step(gradient)
-        displacement = self._displacement
-        if self.DENSE:
-            wanted = {*target, *displacement.coefficients, *(gradient or {})}
-            for draw in wanted - displacement.expansions.keys():
-                displacement.expansions[draw] = self._expand(draw, displacement.members)
-        with uninterrupted():
-            displacement.move(target, seed=self.run["seed"], law=self.run["law"], step=step)
-            self._versions.note(member.param for member in displacement.members)
 
     def ask(self) -> Iterator[Move]:
         """Move the weights to each point at which the step wants the loss, one after the other.
@@ -343,28 +329,6 @@ class ZOOptimizer(ZOState):
             return closure()
         finally:
             self._evaluating = False
-
-    def flush(self) -> None:
-        """Bring the weights to rest, dropping a step that is open.
-
-        With ``fuse_next`` the weights stand displaced between steps: call it before they are
-        evaluated, copied or saved (``state_dict`` calls it, the module's too where the module was
-        given).
-
-        Raises:
-            RuntimeError: if somebody has written to the displaced weights, see :meth:`refresh`; and
-                in the closure of a step, as whatever else changes the optimizer's state.
-        """
-        self._refuse_in_closure()
-        if not self._displacement.at_rest:
-            self._check_untouched()
-        self._drop_step()
-        self._rest()
-
-    def _rest(self) -> None:
-        if not self._displacement.at_rest:
-            self._move({})
-        self._displacement.forget_all_but({})
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
-from zokern.optim.base import ZOOptimizer
+from zokern.optim.base import CommonArguments, ZOOptimizer
 from zokern.optim.settings import integer
 from zokern.optim.steps import OpenStep
 
@@ -17,11 +18,11 @@ class CandidateOptimizer(ZOOptimizer):
         self,
         params: Iterable,
         lr: float | Tensor,
-        eps: float,
+        eps: float = 1e-3,
         *,
-        candidates: int,
+        candidates: int = 2,
         settings: dict[str, Any] | None = None,
-        **common: Any,
+        **common: Unpack[CommonArguments],
     ) -> None:
         candidates = integer("candidates", candidates, at_least=2, below=1 << 14)
         settings = {"candidates": candidates, **(settings or {})}

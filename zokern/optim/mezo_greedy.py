@@ -1,11 +1,5 @@
 """MeZO along the best of several directions, arXiv 2601.04710."""
 
-from collections.abc import Iterable
-
-from torch import Tensor
-from typing_extensions import Unpack
-
-from zokern.optim.base import CommonArguments
 from zokern.optim.candidates import CandidateOptimizer
 from zokern.optim.estimates import ranked, two_sided
 from zokern.optim.steps import Estimate, Method, OpenStep
@@ -32,17 +26,6 @@ class MeZOGreedy(CandidateOptimizer):
     Raises:
         ValueError, TypeError: as :class:`zokern.MeZO`.
     """
-
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float | Tensor,
-        eps: float = 1e-3,
-        *,
-        candidates: int = 2,
-        **common: Unpack[CommonArguments],
-    ) -> None:
-        super().__init__(params, lr, eps, candidates=candidates, **common)
 
     def _method(self, step: OpenStep) -> Method:
         eps, m = self.run["eps"], self.run["candidates"]

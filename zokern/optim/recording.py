@@ -87,8 +87,7 @@ def _of_run(optimizer: ZOOptimizer) -> dict[str, Any]:
     """What must not change while the run is recorded."""
     run = optimizer.run
     return {
-        # Other methods are their directions' numbers and coefficients alone.
-        "method": type(optimizer).__name__ if _is_special(optimizer) else "ZOOptimizer",
+        "method": optimizer._replays_as(),
         "arguments": optimizer._replay_arguments(),
         "seed": run["seed"],
         "law": run["law"],
@@ -112,13 +111,6 @@ def _describe(optimizer: ZOOptimizer) -> dict[str, Any]:
             for m in members
         ],
     }
-
-
-def _is_special(optimizer: ZOOptimizer) -> bool:
-    """Whether a replay needs the class: for the directions, or how the estimate is applied."""
-    from zokern.optim.base import ZOOptimizer
-
-    return bool(optimizer.DENSE) or type(optimizer)._rule is not ZOOptimizer._rule
 
 
 def _settings(optimizer: ZOOptimizer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a zeroth-order optimizer keeps: its groups, what lies beside its parameters, the run."""
+"""What a zeroth-order optimizer keeps: groups, what lies beside parameters, where they stand."""
 
 from typing import Any, ClassVar, NoReturn
 
@@ -7,11 +7,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zokern.laws import canonical_name
-from zokern.optim.displacement import Displacement, Member
+from zokern.optim.displacement import Coefficients, Displacement, Expansion, Member, Step
+from zokern.optim.interrupts import uninterrupted
 from zokern.optim.losses import EqualLosses
 from zokern.optim.parameters import check_last_group, named, tensor_ids
 from zokern.optim.precision import VALUE_KEYS, new_value_state, resolve
 from zokern.optim.recording import Recorder
+from zokern.optim.rules import Rule, rule_of
 from zokern.optim.settings import SETTINGS, run_settings
 from zokern.optim.steps import OpenStep, StepResult
 from zokern.optim.versions import Versions
@@ -44,11 +46,49 @@ class ZOState(Optimizer):
         for group in self.param_groups:
             group.update(values)
 
+    def _expand(self, draw: int, members: list[Member]) -> Expansion:
+        """What a draw's direction is made of, for a method with ``DENSE`` tensors."""
+        raise TypeError(f"{type(self).__name__} has DENSE tensors: override _expand")
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        """How the estimated gradient is applied to a group's parameters."""
+        return rule_of(group, sign=self.run["sign"])
+
+    def _as_step(self, gradient: Coefficients) -> Step:
+        return Step(gradient, self._rule, self.run["sign"])
+
+    def _move(self, target: Coefficients, gradient: Coefficients | None = None) -> None:
+        step = None if gradient is None else self._as_step(gradient)
+        displacement = self._displacement
+        if self.DENSE:
+            wanted = {*target, *displacement.coefficients, *(gradient or {})}
+            for draw in wanted - displacement.expansions.keys():
+                displacement.expansions[draw] = self._expand(draw, displacement.members)
+        with uninterrupted():
+            displacement.move(target, seed=self.run["seed"], law=self.run["law"], step=step)
+            self._versions.note(member.param for member in displacement.members)
+
     def flush(self) -> None:
-        raise NotImplementedError
+        """Bring the weights to rest, dropping a step that is open.
+
+        With ``fuse_next`` the weights stand displaced between steps: call it before they are
+        evaluated, copied or saved (``state_dict`` calls it, the module's too where the module was
+        given).
+
+        Raises:
+            RuntimeError: if somebody has written to the displaced weights, see :meth:`refresh`; and
+                in the closure of a step, as whatever else changes the optimizer's state.
+        """
+        self._refuse_in_closure()
+        if not self._displacement.at_rest:
+            self._check_untouched()
+        self._drop_step()
+        self._rest()
 
     def _rest(self) -> None:
-        raise NotImplementedError
+        if not self._displacement.at_rest:
+            self._move({})
+        self._displacement.forget_all_but({})
 
     def _drop_step(self) -> None:
         if self._open is not None:
