@@ -1,0 +1,145 @@
+"""What the merging optimizers' operations do: the words in which ops speak to a backend."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from zokern.sweep import Shard
+
+
+class AdamNumbers(NamedTuple):
+    """A tensor's row in the float32 table of numbers.
+
+    Attributes:
+        sign: -1 to maximize, else 1.
+        beta1, one_minus_beta1, beta2, one_minus_beta2, eps: Adam's.
+        step: lr, corrected for the moments' bias.
+        decay: lr times weight decay; 0 for none.
+        alpha, weight: the weights of τ and of Δ in what is added to the parameter.
+        scale: what the elements of Δ that the mask keeps are multiplied with.
+        ratio: then with this, to bring Δ back to its L1 norm.
+        clip: then they are clamped to ±clip; infinite for none.
+    """
+
+    sign: float = 1.0
+    beta1: float = 0.9
+    one_minus_beta1: float = 0.1
+    beta2: float = 0.999
+    one_minus_beta2: float = 0.001
+    eps: float = 1e-6
+    step: float = 1e-3
+    decay: float = 0.0
+    alpha: float = 0.0
+    weight: float = 1.0
+    scale: float = 1.0
+    ratio: float = 1.0
+    clip: float = float("inf")
+
+
+class SparseTau(NamedTuple):
+    """τ where few of its elements are not 0: those, in row-major order.
+
+    Attributes:
+        starts: int64, for each 2^16 elements of the tensor where theirs begin, then how many
+            there are in all.
+        places: int16, the element's place within its 2^16, as the bits of a uint16.
+        values: float32, bfloat16 or float16.
+    """
+
+    starts: Tensor
+    places: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class AdamSteps:
+    """Adam's Δ of each tensor, computed from its gradient and moments where it is needed.
+
+    Attributes:
+        cached: for a step-K optimizer, float32: the sum of the Δ since the last merge. It belongs
+            to the Δ of a tensor that merges.
+        numbers: float32, a row of :class:`AdamNumbers` for each tensor, on any device.
+        merges: int64, for each tensor whether this step merges; the others are plain Adam's.
+    """
+
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    cached: list[Tensor] | None
+    numbers: Tensor
+    merges: Tensor
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Tensors less others, computed in float32 and rounded to the dtype of the first where that is
+    what ``rounded`` says; tensors as they are without ``bases``."""
+
+    tensors: list[Tensor]
+    bases: list[Tensor] | None = None
+    rounded: bool = False
+
+
+Values = AdamSteps | Differences
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which elements are the k of the largest magnitude; of equal ones, those of lower index.
+
+    The answer for a tensor is a threshold and a cut: an element is kept iff its magnitude is above
+    the threshold, or equal to it and its index below the cut.
+    """
+
+    values: Values
+    k: Sequence[int]  # one for each tensor, or one for all as if they were joined
+    joined: bool
+    near: Tensor | None  # float32 thresholds that the true ones may lie close to
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The elements to keep: by magnitude, or else at random.
+
+    At random, an element is kept iff its word of the law ``uniform32`` is below the limit; 2^32
+    keeps all. All are tensors with an entry for each tensor, on any device.
+    """
+
+    thresholds: Tensor | None  # float32
+    cuts: Tensor | None  # int64
+    draws: Tensor  # int64
+    limits: Tensor  # int64
+    shards: list[Shard]
+    tensor_ids: list[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class L1Sums:
+    """Of each tensor's magnitudes: all of them, and those that the mask keeps."""
+
+    values: Values
+    mask: Mask
+
+
+METHODS = ("dare", "dare_paper", "ties", "ties_paper", "ema")
+# In ``dare_paper`` τ has a mask of its own on each step, whose draw is this far from the step's.
+TAU_DRAWS = 1 << 31
+
+
+@dataclass(frozen=True)
+class MergeStep:
+    """A step of a merging optimizer: moments, Δ, mask, consensus with τ, decay, weights.
+
+    ``taus`` are dense tensors or sparse ones; for ``ema`` the reference's weights.
+    """
+
+    params: list[Tensor]
+    residuals: list[Tensor | None]
+    masters: list[Tensor] | None
+    steps: AdamSteps
+    taus: list[Tensor | SparseTau] | None
+    mask: Mask
+    method: str
