@@ -49,8 +49,46 @@ class Products:
         draw: int,
     ) -> None: ...
 
+class AdamTensor:
+    def __init__(
+        self,
+        grad: _Dense,
+        exp_avg: _Dense,
+        exp_avg_sq: _Dense,
+        cached: int,
+        numbers: int,
+        merges: int,
+        /,
+    ) -> None: ...
+
+class MaskTensor:
+    def __init__(
+        self, entries: tuple[int, ...], shard: tuple[int, ...], tensor_id: int, /
+    ) -> None: ...
+
+class TauTensor:
+    def __init__(self, values: _Dense, starts: int, places: int, /) -> None: ...
+
+class MergeTensor:
+    def __init__(
+        self,
+        param: int,
+        residual: int,
+        master: int,
+        numel: int,
+        storage: int,
+        adam: AdamTensor,
+        mask: MaskTensor,
+        tau: TauTensor,
+        /,
+    ) -> None: ...
+
+class MergeStep:
+    def __init__(self, tensors: list[MergeTensor], method: int, seed: int, /) -> None: ...
+
 def cpu_capabilities() -> list[str]: ...
 def cpu_sweep(sweep: Sweep, capability: str, threads: int, /) -> None: ...
+def cpu_merge_step(step: MergeStep, capability: str, threads: int, /) -> None: ...
 def cpu_inner_products(products: Products, out: int, capability: str, threads: int, /) -> None: ...
 def cpu_sample(
     law: int,

@@ -1,5 +1,7 @@
 """What an operand must be to be swept in place. Each error names the operand and the reason."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -31,28 +33,28 @@ def check_operand(sweep: Sweep, i: int) -> None:
     param, residual, update = sweep.params[i], sweep.residuals[i], sweep.update
     argument, tensor = "params", param
     try:
-        _check_strided(param)
-        _check_dtype(param)
+        check_strided(param)
+        check_dtype(param)
         if param.device != sweep.params[0].device:
             raise ValueError(f"it is on {param.device}, params[0] on {sweep.params[0].device}")
-        _check_shard(param, sweep.shards[i], sweep.law)
+        check_shard(param, sweep.shards[i], sweep.law)
         if residual is not None:
             argument, tensor = "residuals", residual
-            _check_strided(residual)
-            _check_residual(param, residual)
+            check_strided(residual)
+            check_residual(param, residual)
         if sweep.masters is not None:
             argument, tensor = "masters", sweep.masters[i]
             if residual is not None:
                 raise ValueError("a parameter has a master or a residual, not both")
-            _check_float32_beside(param, tensor)
+            check_float32_beside(param, tensor)
         if update is not None and update.momenta is not None:
             argument, tensor = "momenta", update.momenta[i]
-            _check_float32_beside(param, tensor)
+            check_float32_beside(param, tensor)
         for j, vectors in enumerate(sweep.dense):
             argument, tensor = f"dense[{j}]", vectors[i]
             _check_dense(sweep, i, j)
     except (TypeError, ValueError) as error:
-        raise _named(error, argument, i, tensor) from None
+        raise named_error(error, argument, i, tensor) from None
 
 
 def check_form(sweep: Sweep) -> None:
@@ -67,26 +69,26 @@ def check_vector(products: InnerProducts, i: int) -> None:
     """Raises TypeError or ValueError, naming the vector, if there are no products with it."""
     vector = products.vectors[i]
     try:
-        _check_plain(vector)
-        _check_dtype(vector)
+        check_plain(vector)
+        check_dtype(vector)
         if vector.device != products.vectors[0].device:
             other = products.vectors[0].device
             raise ValueError(f"it is on {vector.device}, vectors[0] on {other}")
-        _check_shard(vector, products.shards[i], products.law)
+        check_shard(vector, products.shards[i], products.law)
     except (TypeError, ValueError) as error:
-        raise _named(error, "vectors", i, vector) from None
+        raise named_error(error, "vectors", i, vector) from None
 
 
-def _named(error: Exception, argument: str, i: int, tensor: Tensor) -> Exception:
+def named_error(error: Exception, argument: str, i: int, tensor: Tensor) -> Exception:
     return type(error)(f"{argument}[{i}] (shape {tuple(tensor.shape)}, {tensor.dtype}): {error}")
 
 
-def _check_dtype(tensor: Tensor) -> None:
+def check_dtype(tensor: Tensor) -> None:
     if tensor.dtype not in PARAM_DTYPES:
         raise TypeError("its dtype must be float32, bfloat16 or float16")
 
 
-def _check_beside(param: Tensor, tensor: Tensor) -> None:
+def check_beside(param: Tensor, tensor: Tensor) -> None:
     if tensor.shape != param.shape or tensor.device != param.device:
         raise ValueError(
             f"it must have the shape {tuple(param.shape)} and the device {param.device} of its "
@@ -94,24 +96,24 @@ def _check_beside(param: Tensor, tensor: Tensor) -> None:
         )
 
 
-def _check_float32_beside(param: Tensor, tensor: Tensor) -> None:
-    _check_strided(tensor)
+def check_float32_beside(param: Tensor, tensor: Tensor) -> None:
+    check_strided(tensor)
     if tensor.dtype != torch.float32:
         raise TypeError("its dtype must be float32")
-    _check_beside(param, tensor)
+    check_beside(param, tensor)
 
 
 def _check_dense(sweep: Sweep, i: int, j: int) -> None:
     vector = sweep.dense[j][i]
-    _check_plain(vector)
-    _check_dtype(vector)
-    _check_beside(sweep.params[i], vector)
+    check_plain(vector)
+    check_dtype(vector)
+    check_beside(sweep.params[i], vector)
     momenta = None if sweep.update is None else sweep.update.momenta
     if momenta is not None and vector is momenta[i] and ~j in sweep.draws[sweep.rest :]:
         raise ValueError("a momentum that is updated can be a direction only before rest")
 
 
-def _check_plain(tensor: Tensor) -> None:
+def check_plain(tensor: Tensor) -> None:
     if is_traceable_wrapper_subclass(tensor):
         kind = type(tensor).__name__
         raise TypeError(f"it is a {kind}: give the local tensor that it wraps, with shards=")
@@ -119,8 +121,8 @@ def _check_plain(tensor: Tensor) -> None:
         raise TypeError(f"its layout is {tensor.layout}: only strided tensors are swept")
 
 
-def _check_strided(tensor: Tensor) -> None:
-    _check_plain(tensor)
+def check_strided(tensor: Tensor) -> None:
+    check_plain(tensor)
     if not is_dense(tensor):
         raise ValueError(
             f"its strides {tensor.stride()} leave holes or overlapping elements: a sweep in place "
@@ -129,7 +131,7 @@ def _check_strided(tensor: Tensor) -> None:
         )
 
 
-def _check_shard(param: Tensor, shard: Shard, law: str) -> None:
+def check_shard(param: Tensor, shard: Shard, law: str) -> None:
     numel = param.numel()
     if numel == 0:
         return
@@ -143,12 +145,12 @@ def _check_shard(param: Tensor, shard: Shard, law: str) -> None:
     check_elements(shard.offset + (rows - 1) * shard.row_stride + shard.row_length, law)
 
 
-def _check_residual(param: Tensor, residual: Tensor) -> None:
+def check_residual(param: Tensor, residual: Tensor) -> None:
     wanted = RESIDUAL_DTYPES[param.dtype]
     if residual.dtype not in wanted:
         which = " or ".join(str(dtype) for dtype in wanted) or "no residual"
         raise TypeError(f"a {param.dtype} parameter takes {which} beside it")
-    _check_beside(param, residual)
+    check_beside(param, residual)
     if _significant_strides(residual) != _significant_strides(param):
         raise ValueError(
             f"its strides {residual.stride()} must be those of its parameter, {param.stride()}: "
@@ -156,19 +158,28 @@ def _check_residual(param: Tensor, residual: Tensor) -> None:
         )
 
 
+# (argument, position, tensor, whether it is written).
+Operands = Iterable[tuple[str, int, Tensor, bool]]
+
+
 def check_memory(sweep: Sweep) -> None:
     """No operand may share memory with one that is written: the sweep would move it twice.
 
     A dense direction may be the momentum of its parameter.
     """
-    # Sorted by where they begin, an operand overlaps one that is written only if it begins before
-    # the end of everything before it.
     operands = [(name, i, tensor, True) for name, i, tensor in sweep.written()]
     momenta = None if sweep.update is None else sweep.update.momenta
     for j, vectors in enumerate(sweep.dense):
         for i, vector in enumerate(vectors):
             if momenta is None or vector is not momenta[i]:
                 operands.append((f"dense[{j}]", i, vector, False))
+    check_disjoint(operands)
+
+
+def check_disjoint(operands: Operands) -> None:
+    """Raises ValueError, naming both, if one that is written shares memory with another."""
+    # Sorted by where they begin, an operand overlaps one that is written only if it begins before
+    # the end of everything before it.
     spans = sorted(
         (*_span(tensor), f"{name}[{i}]", is_written)
         for name, i, tensor, is_written in operands

@@ -5,6 +5,7 @@
 // function that an older CPU runs too.
 #pragma once
 
+#include "../merging.h"
 #include "../sums.h"
 #include "../sweep.h"
 
@@ -33,6 +34,8 @@ struct CpuKernels {
     void (*sample)(Law, const Stream&, int64_t begin, int64_t end, void* out);
     // The values of given groups of four words; a multiple of 16 groups; types as for sample.
     void (*values)(Law, const uint32_t* words, int64_t groups, void* out);
+    // Takes elements [begin, end) of one tensor through a merging optimizer's step.
+    void (*merge_step)(Method, uint64_t seed, const MergeTensor&, int64_t begin, int64_t end);
 };
 
 extern const CpuKernels kPortableKernels;

@@ -44,6 +44,14 @@ void store_words(const Stream& stream, uint32_t group, int64_t groups, uint32_t*
     }
 }
 
+void keep_below(const Stream& stream, uint32_t group, int64_t count, uint32_t limit,
+                float* values) {
+    for (int64_t i = 0; i < count; i += 4, ++group) {
+        const Words words = group_words(stream, group);
+        for (int j = 0; j < 4; ++j) values[i + j] = words.w[j] < limit ? values[i + j] : 0.0f;
+    }
+}
+
 template <int bytes>
 uint32_t load_bits(const unsigned char* p) {
     uint32_t bits = 0;
@@ -78,7 +86,9 @@ void store_block(const SweepTensor& tensor, int64_t i, int64_t n, const float* t
 }  // namespace zokern
 
 #include "driver.h"
+//
+#include "merge_driver.h"
 
 namespace zokern {
-const CpuKernels kPortableKernels = {"portable", sweep, products, sample, values};
+const CpuKernels kPortableKernels = {"portable", sweep, products, sample, values, merge_step};
 }  // namespace zokern

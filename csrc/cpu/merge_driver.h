@@ -1,0 +1,217 @@
+// A merging optimizer's step over the blocks of a tensor.
+#pragma once
+
+#include "../merge_element.h"
+#include "adam_block.h"
+
+namespace zokern {
+namespace {
+
+// Values of a block begin this many elements after those of a group of uniform32.
+int64_t lead_of(int64_t element) { return element % elements_per_group(Law::uniform32); }
+
+// Takes 0 for what the mask does not keep. There is room for a group's elements before the values.
+void drop_at_random(const MaskTensor& mask, uint64_t seed, uint32_t draw, int64_t element,
+                    int64_t n, float* values) {
+    if (*mask.limit >= int64_t(1) << 32) return;
+    const Stream stream = make_stream(seed, mask.tensor_id, draw, Law::uniform32);
+    const int64_t lead = lead_of(element);
+    keep_below(stream, uint32_t(element / elements_per_group(Law::uniform32)), lead + n,
+               uint32_t(*mask.limit), values - lead);
+}
+
+// Likewise by magnitude, of elements i, i + 1, ….
+void drop_by_magnitude(const MaskTensor& mask, int64_t i, int64_t n, float* values) {
+    const uint32_t threshold = magnitude(*mask.threshold);
+    int64_t ties = *mask.cut - i;
+    ties = ties < 0 ? 0 : ties < n ? ties : n;
+    for (int64_t j = 0; j < ties; ++j)
+        values[j] = magnitude(values[j]) >= threshold ? values[j] : 0.0f;
+    for (int64_t j = ties; j < n; ++j)
+        values[j] = magnitude(values[j]) > threshold ? values[j] : 0.0f;
+}
+
+// The first of the sparse elements from `begin` on whose place is not below `place`.
+int64_t find_place(const TauTensor& tau, int64_t begin, int64_t end, uint32_t place) {
+    while (begin < end) {
+        const int64_t middle = begin + (end - begin) / 2;
+        if (tau.places[middle] < place)
+            begin = middle + 1;
+        else
+            end = middle;
+    }
+    return begin;
+}
+
+template <Storage type>
+float sparse_value(const void* values, int64_t k) {
+    uint32_t bits = 0;
+    memcpy(&bits, static_cast<const char*>(values) + k * param_bytes(type), param_bytes(type));
+    return load_value<type>({bits, 0});
+}
+
+float sparse_value(const DenseTensor& values, int64_t k) {
+    switch (values.type) {
+        case Storage::bf16:
+            return sparse_value<Storage::bf16>(values.data, k);
+        case Storage::fp16:
+            return sparse_value<Storage::fp16>(values.data, k);
+        default:
+            return sparse_value<Storage::fp32>(values.data, k);
+    }
+}
+
+constexpr int64_t kBucket = 1 << 16;  // elements whose sparse places are counted together
+
+// Where the sparse elements from `element` on begin, if it is not negative.
+struct TauCursor {
+    int64_t element = -1, k = 0;
+};
+
+// Elements [i, i + n) of τ, most quickly where they follow on those of the last call.
+void load_tau(const TauTensor& tau, int64_t i, int64_t n, float* values, TauCursor& cursor) {
+    if (tau.values.data != nullptr && tau.starts == nullptr) {
+        load_dense(tau.values, i, n, values);
+        return;
+    }
+    zero(values, 0, n);
+    if (tau.values.data == nullptr) return;
+    while (n > 0) {
+        const int64_t bucket = i / kBucket, first = bucket * kBucket, end = tau.starts[bucket + 1];
+        const int64_t count = n < first + kBucket - i ? n : first + kBucket - i;
+        int64_t k = cursor.k;
+        if (cursor.element != i) k = find_place(tau, tau.starts[bucket], end, uint32_t(i - first));
+        for (; k < end && first + tau.places[k] < i + count; ++k)
+            values[first + tau.places[k] - i] = sparse_value(tau.values, k);
+        i += count;
+        values += count;
+        n -= count;
+        cursor = {i, k};
+    }
+}
+
+struct MergeBlock {
+    AdamBuffer first, second, deltas, taus, values, caches;
+    // Where they begin in their buffers, for what is masked at random.
+    float *delta, *tau;
+};
+
+// Takes 0 for what the masks do not keep.
+template <Method method>
+void mask(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n, int64_t element,
+          MergeBlock& b) {
+    if constexpr (method == Method::ties || method == Method::ties_paper) {
+        drop_by_magnitude(tensor.mask, i, n, b.delta);
+    } else {
+        const uint32_t draw = uint32_t(*tensor.mask.draw);
+        drop_at_random(tensor.mask, seed, draw, element, n, b.delta);
+        if constexpr (method == Method::dare_paper)
+            drop_at_random(tensor.mask, seed, draw + kTauDraws, element, n, b.tau);
+    }
+}
+
+// From the value at rest to the new one, where the step merges.
+template <Method method>
+void merge_values(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n, int64_t element,
+                  TauCursor& cursor, MergeBlock& b) {
+    const AdamNumbers numbers = *tensor.adam.numbers;
+    float *value = b.values.t, *cached = b.caches.t;
+    load_tau(tensor.tau, i, n, b.tau, cursor);
+    if (tensor.adam.cached != nullptr) {
+        for (int64_t j = 0; j < n; ++j) b.delta[j] = b.delta[j] + cached[j];
+    } else {
+        zero(cached, 0, n);
+    }
+    if constexpr (method != Method::ema) mask<method>(tensor, seed, i, n, element, b);
+    for (int64_t j = 0; j < n; ++j)
+        value[j] = merged<method>(numbers, value[j], cached[j], b.tau[j], b.delta[j]);
+    zero(cached, 0, n);
+}
+
+// Elements [i, i + n), the first of them `element` of the full tensor.
+template <Method method, Storage storage>
+void merge_block(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n, int64_t element,
+                 TauCursor& cursor) {
+    const AdamTensor& adam = tensor.adam;
+    MergeBlock b;
+    b.delta = b.deltas.t + lead_of(element);
+    b.tau = b.taus.t + lead_of(element);
+    SweepTensor place{};
+    place.param = tensor.param;
+    place.residual = tensor.residual;
+    const Storage first_type = adam.exp_avg.type, second_type = adam.exp_avg_sq.type;
+    void* const firsts = const_cast<void*>(adam.exp_avg.data);
+    void* const seconds = const_cast<void*>(adam.exp_avg_sq.data);
+    float* first = state_or(firsts, first_type, i, b.first);
+    float* second = state_or(seconds, second_type, i, b.second);
+    adam_block(adam, i, n, first, second, b.delta);
+    if (first == b.first.t) store_dense(firsts, first_type, i, n, first);
+    if (second == b.second.t) store_dense(seconds, second_type, i, n, second);
+
+    if (tensor.master != nullptr)
+        memcpy(b.values.t, tensor.master + i, size_t(n) * sizeof(float));
+    else
+        load_block<storage>(place, i, n, b.values.t);
+    if (adam.cached != nullptr) memcpy(b.caches.t, adam.cached + i, size_t(n) * sizeof(float));
+    if (*adam.merges) {
+        merge_values<method>(tensor, seed, i, n, element, cursor, b);
+    } else {
+        const AdamNumbers numbers = *adam.numbers;
+        for (int64_t j = 0; j < n; ++j) {
+            b.values.t[j] = decayed(numbers, b.values.t[j] + b.delta[j]);
+            b.caches.t[j] = b.caches.t[j] + b.delta[j];
+        }
+    }
+    if (adam.cached != nullptr)
+        memcpy(const_cast<float*>(adam.cached) + i, b.caches.t, size_t(n) * sizeof(float));
+    if (tensor.master != nullptr) memcpy(tensor.master + i, b.values.t, size_t(n) * sizeof(float));
+    store_block<storage>(place, i, n, b.values.t);
+}
+
+template <Method method, Storage storage>
+void merge_range(const MergeTensor& tensor, uint64_t seed, int64_t begin, int64_t end) {
+    TauCursor cursor;
+    over_rows(tensor.mask, begin, end, [&](int64_t i, int64_t n, int64_t element) {
+        for (int64_t done = 0; done < n; done += kAdamBlock) {
+            const int64_t count = n - done < kAdamBlock ? n - done : kAdamBlock;
+            merge_block<method, storage>(tensor, seed, i + done, count, element + done, cursor);
+        }
+    });
+}
+
+template <Method method>
+void merge_method(const MergeTensor& tensor, uint64_t seed, int64_t begin, int64_t end) {
+    switch (tensor.storage) {
+        case Storage::fp32:
+            return merge_range<method, Storage::fp32>(tensor, seed, begin, end);
+        case Storage::bf16:
+            return merge_range<method, Storage::bf16>(tensor, seed, begin, end);
+        case Storage::fp16:
+            return merge_range<method, Storage::fp16>(tensor, seed, begin, end);
+        case Storage::bf16_split16:
+            return merge_range<method, Storage::bf16_split16>(tensor, seed, begin, end);
+        case Storage::bf16_split8:
+            return merge_range<method, Storage::bf16_split8>(tensor, seed, begin, end);
+        case Storage::fp16_split:
+            return merge_range<method, Storage::fp16_split>(tensor, seed, begin, end);
+    }
+}
+
+void merge_step(Method method, uint64_t seed, const MergeTensor& tensor, int64_t begin,
+                int64_t end) {
+    switch (method) {
+        case Method::dare:
+            return merge_method<Method::dare>(tensor, seed, begin, end);
+        case Method::dare_paper:
+            return merge_method<Method::dare_paper>(tensor, seed, begin, end);
+        case Method::ties:
+            return merge_method<Method::ties>(tensor, seed, begin, end);
+        case Method::ties_paper:
+            return merge_method<Method::ties_paper>(tensor, seed, begin, end);
+        case Method::ema:
+            return merge_method<Method::ema>(tensor, seed, begin, end);
+    }
+}
+
+}  // namespace
+}  // namespace zokern
