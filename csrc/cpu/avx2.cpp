@@ -4,8 +4,13 @@
 #include "simd_kernels.h"
 //
 #include "driver.h"
+//
+#include "simd_filter.h"
+//
+#include "select_kernels.h"
 
 namespace zokern {
-const CpuKernels kAvx2Kernels = {Simd::kName, sweep, products, sample, values};
+const CpuKernels kAvx2Kernels = {Simd::kName, sweep,        products,   sample, values,
+                                 histogram,   count_equals, find_equal, l1_sums};
 }  // namespace zokern
 #endif
