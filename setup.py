@@ -24,7 +24,7 @@ CXX_FLAGS = [
     "-fPIC",
     "-fvisibility=hidden",
     "-ffp-contract=off",
-    # Nobody asks for errno or traps: square roots and selects become vector code.
+    # Roots and selects become vectors; their bits stay the same.
     "-fno-math-errno",
     "-fno-trapping-math",
     "-Wall",

@@ -2,11 +2,10 @@
 // zokern/backends/reference/merging.py.
 #pragma once
 
+#include "magnitudes.h"
 #include "merging.h"
 
 namespace zokern {
-
-ZK_FN uint32_t magnitude(float x) { return float_bits(x) & 0x7FFFFFFFu; }
 
 // What is made of the Δ that the mask keeps; of 0, 0.
 ZK_FN float scaled_delta(const AdamNumbers& n, float delta) {

@@ -86,6 +86,44 @@ class MergeTensor:
 class MergeStep:
     def __init__(self, tensors: list[MergeTensor], method: int, seed: int, /) -> None: ...
 
+class Values:
+    def __init__(
+        self,
+        *,
+        tensors: list[_Dense],
+        numels: list[int],
+        bases: list[_Dense],
+        rounded: bool,
+        exp_avgs: list[_Dense],
+        exp_avg_sqs: list[_Dense],
+        cached: list[int],
+        numbers: int,
+        merges: int,
+    ) -> None: ...
+
+class Masks:
+    def __init__(
+        self,
+        *,
+        thresholds: int,
+        cuts: int,
+        draws: int,
+        limits: int,
+        offsets: list[int],
+        row_lengths: list[int],
+        row_strides: list[int],
+        tensor_ids: list[int],
+        seed: int,
+    ) -> None: ...
+
+class Selection:
+    def __init__(
+        self, *, values: Values, k: Sequence[int], joined: bool, near: list[float]
+    ) -> None: ...
+
+class L1Sums:
+    def __init__(self, *, values: Values, masks: Masks) -> None: ...
+
 def cpu_capabilities() -> list[str]: ...
 def cpu_sweep(sweep: Sweep, capability: str, threads: int, /) -> None: ...
 def cpu_merge_step(step: MergeStep, capability: str, threads: int, /) -> None: ...
@@ -103,6 +141,16 @@ def cpu_sample(
     /,
 ) -> None: ...
 def cpu_values(law: int, words: int, groups: int, out: int, capability: str, /) -> None: ...
+def cpu_select(
+    selection: Selection,
+    thresholds: int,
+    cuts: int,
+    largest: int,
+    capability: str,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_l1_sums(sums: L1Sums, out: int, capability: str, threads: int, /) -> None: ...
 
 # The bodies of the CUDA kernels, run on the host over a simulated grid.
 def host_grid_sweep(sweep: Sweep, /) -> None: ...

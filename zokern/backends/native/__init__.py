@@ -12,12 +12,23 @@ try:
 except ImportError as error:
     _missing = str(error)
 else:
+    from zokern.backends.native.l1 import l1_sums
     from zokern.backends.native.merging import merge_step_
     from zokern.backends.native.noise import sample
     from zokern.backends.native.perturb import perturb_
     from zokern.backends.native.products import inner_products
+    from zokern.backends.native.select import select
 
-__all__ = ["inner_products", "merge_step_", "perturb_", "sample", "why_not", "why_not_by_default"]
+__all__ = [
+    "inner_products",
+    "l1_sums",
+    "merge_step_",
+    "perturb_",
+    "sample",
+    "select",
+    "why_not",
+    "why_not_by_default",
+]
 
 
 def why_not(device: torch.device) -> str | None:

@@ -2,12 +2,23 @@
 
 import torch
 
+from zokern.backends.reference.l1 import l1_sums
 from zokern.backends.reference.merging import merge_step_
 from zokern.backends.reference.noise import sample
 from zokern.backends.reference.perturb import perturb_
 from zokern.backends.reference.products import inner_products
+from zokern.backends.reference.select import select
 
-__all__ = ["inner_products", "merge_step_", "perturb_", "sample", "why_not", "why_not_by_default"]
+__all__ = [
+    "inner_products",
+    "l1_sums",
+    "merge_step_",
+    "perturb_",
+    "sample",
+    "select",
+    "why_not",
+    "why_not_by_default",
+]
 
 
 def why_not(device: torch.device) -> str | None:
