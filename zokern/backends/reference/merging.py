@@ -7,6 +7,7 @@ For each element, in float32::
     θ ← fma(-decay, θ, θ)                           only where decay != 0
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -15,42 +16,15 @@ from torch import Tensor
 from zokern.backends.reference import adam, storage
 from zokern.backends.reference.adam import numbers_of
 from zokern.backends.reference.arithmetic import fma
-from zokern.backends.reference.noise import values_at
-from zokern.backends.reference.perturb import elements_of
-from zokern.merging import TAU_DRAWS, Mask, MergeStep, dense_tau
-
-
-def kept_at_random(mask: Mask, i: int, tensor: Tensor, draws_on: int = 0) -> Tensor:
-    """Whether each element's word of the law ``uniform32`` is below the limit."""
-    limit = int(mask.limits[i])
-    if limit == 1 << 32:
-        return torch.ones(tensor.numel(), dtype=torch.bool, device=tensor.device)
-    elements = elements_of(tensor, mask.shards[i])
-    draw = int(mask.draws[i]) + draws_on
-    words = values_at(
-        "uniform32", elements, seed=mask.seed, draw=draw, tensor_id=mask.tensor_ids[i]
-    )
-    return words < limit
-
-
-def kept_by_magnitude(mask: Mask, i: int, values: Tensor) -> Tensor:
-    """Above the threshold, or equal to it and of an index below the cut; NaN is above all."""
-    assert mask.thresholds is not None
-    assert mask.cuts is not None
-    magnitudes = values.view(torch.int32) & 0x7FFFFFFF
-    threshold = mask.thresholds[i].to(values.device).view(torch.int32) & 0x7FFFFFFF
-    before_cut = torch.arange(values.numel(), device=values.device) < mask.cuts[i].to(values.device)
-    return (magnitudes > threshold) | ((magnitudes == threshold) & before_cut)
+from zokern.backends.reference.values import kept
+from zokern.merging import TAU_DRAWS, MergeStep, dense_tau
 
 
 def masked(step: MergeStep, i: int, delta: Tensor) -> Tensor:
     """Δ with 0 where it is not kept, times scale and ratio, clamped to ±clip."""
     n = numbers_of(step.steps, i, delta.device)
-    if step.mask.thresholds is None:
-        kept = kept_at_random(step.mask, i, step.params[i])
-    else:
-        kept = kept_by_magnitude(step.mask, i, delta)
-    scaled = n.ratio * (n.scale * torch.where(kept, delta, 0.0))
+    own = torch.where(kept(step.mask, i, delta, step.params[i]), delta, 0.0)
+    scaled = n.ratio * (n.scale * own)
     return torch.where(scaled > n.clip, n.clip, torch.where(scaled < -n.clip, -n.clip, scaled))
 
 
@@ -127,5 +101,6 @@ def _tau(step: MergeStep, i: int) -> Tensor:
         return torch.zeros(param.numel(), device=param.device)
     tau = dense_tau(step.taus[i], param.shape).flatten().float()
     if step.method == "dare_paper":
-        tau = torch.where(kept_at_random(step.mask, i, param, TAU_DRAWS), tau, 0.0)
+        mask = replace(step.mask, draws=step.mask.draws + TAU_DRAWS)
+        tau = torch.where(kept(mask, i, tau, param), tau, 0.0)
     return tau
