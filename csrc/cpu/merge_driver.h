@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../merge_element.h"
+#include "../sparse_tau.h"
 #include "adam_block.h"
 
 namespace zokern {
@@ -30,38 +31,6 @@ void drop_by_magnitude(const MaskTensor& mask, int64_t i, int64_t n, float* valu
     for (int64_t j = ties; j < n; ++j)
         values[j] = magnitude(values[j]) > threshold ? values[j] : 0.0f;
 }
-
-// The first of the sparse elements from `begin` on whose place is not below `place`.
-int64_t find_place(const TauTensor& tau, int64_t begin, int64_t end, uint32_t place) {
-    while (begin < end) {
-        const int64_t middle = begin + (end - begin) / 2;
-        if (tau.places[middle] < place)
-            begin = middle + 1;
-        else
-            end = middle;
-    }
-    return begin;
-}
-
-template <Storage type>
-float sparse_value(const void* values, int64_t k) {
-    uint32_t bits = 0;
-    memcpy(&bits, static_cast<const char*>(values) + k * param_bytes(type), param_bytes(type));
-    return load_value<type>({bits, 0});
-}
-
-float sparse_value(const DenseTensor& values, int64_t k) {
-    switch (values.type) {
-        case Storage::bf16:
-            return sparse_value<Storage::bf16>(values.data, k);
-        case Storage::fp16:
-            return sparse_value<Storage::fp16>(values.data, k);
-        default:
-            return sparse_value<Storage::fp32>(values.data, k);
-    }
-}
-
-constexpr int64_t kBucket = 1 << 16;  // elements whose sparse places are counted together
 
 // Where the sparse elements from `element` on begin, if it is not negative.
 struct TauCursor {
@@ -153,7 +122,7 @@ void merge_block(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n,
     else
         load_block<storage>(place, i, n, b.values.t);
     if (adam.cached != nullptr) memcpy(b.caches.t, adam.cached + i, size_t(n) * sizeof(float));
-    if (*adam.merges) {
+    if (method == Method::ema || *adam.merges) {
         merge_values<method>(tensor, seed, i, n, element, cursor, b);
     } else {
         const AdamNumbers numbers = *adam.numbers;

@@ -1,6 +1,7 @@
 // The kernels over a simulated grid: every block and thread in turn.
 #include "cuda.h"
 #include "dispatch.h"
+#include "merge_body.h"
 #include "plan.h"
 #include "product_body.h"
 #include "sample_body.h"
@@ -35,6 +36,13 @@ void run(const UpdateLaunch& launch) {
     });
 }
 
+void run(const MergeLaunch& launch) {
+    with_masters(launch.storage, launch.masters, [&](auto storage, auto masters) {
+        run_grid(launch.blocks,
+                 [&](HostContext at) { merge_body<storage(), masters()>(at, launch.batch); });
+    });
+}
+
 template <Law law>
 void run(const ProductLaunch& launch) {
     std::vector<ExactProducts> shared(kThreads);
@@ -56,6 +64,10 @@ void host_grid_sweep(const Sweep& sweep) {
         run_all(sweep.law, plan_sweep(sweep));
     else
         run_all(sweep.law, plan_update(sweep));
+}
+
+void host_grid_merge_step(const MergeStep& step) {
+    for (const MergeLaunch& launch : plan_merge(step)) run(launch);
 }
 
 void host_grid_inner_products(const Products& products, double* out) {
