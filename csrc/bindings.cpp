@@ -4,6 +4,7 @@
 
 #include "cpu/cpu.h"
 #include "cuda/cuda.h"
+#include "deltas.h"
 #include "sweep.h"
 
 namespace py = pybind11;
@@ -76,6 +77,36 @@ Products make_products(const std::vector<Dense>& vectors, const Ints& numels, co
     return products;
 }
 
+// `ratios`, `thresholds` and `cuts` have a row for each model with a number for each tensor; 0
+// where there are none.
+DeltaMerge make_merge(const std::vector<Dense>& outs, const std::vector<Dense>& bases,
+                      const std::vector<std::vector<Dense>>& models, const Ints& numels,
+                      const std::vector<uint64_t>& tensor_ids, const Floats& weights,
+                      uintptr_t ratios, uintptr_t thresholds, uintptr_t cuts,
+                      const std::vector<uint64_t>& limits, const std::vector<uint32_t>& draws,
+                      uint64_t seed, bool rounded, int votes, bool zero_up, int combine,
+                      float divisor, float scale) {
+    const size_t count = outs.size();
+    const auto entry = [](auto* numbers, size_t i) { return numbers ? numbers + i : nullptr; };
+    DeltaMerge merge;
+    merge.rules = {int(models.size()), seed,    rounded, zero_up, Votes(votes),
+                   Combine(combine),   divisor, scale};
+    for (size_t i = 0; i < count; ++i) {
+        merge.tensors.push_back({reinterpret_cast<void*>(outs[i].first), Storage(outs[i].second),
+                                 bases.empty() ? DenseTensor{} : dense_tensor(bases.at(i)),
+                                 numels.at(i), tensor_ids.at(i), int64_t(merge.sources.size())});
+        for (size_t m = 0; m < models.size(); ++m) {
+            const size_t at = m * count + i;
+            merge.sources.push_back({dense_tensor(models[m].at(i)),
+                                     entry(reinterpret_cast<const float*>(ratios), at),
+                                     entry(reinterpret_cast<const float*>(thresholds), at),
+                                     entry(reinterpret_cast<const int64_t*>(cuts), at),
+                                     weights.at(m), draws.at(m), limits.at(m)});
+        }
+    }
+    return merge;
+}
+
 }  // namespace
 }  // namespace zokern
 
@@ -94,6 +125,12 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init(&make_products), py::kw_only(), py::arg("vectors"), py::arg("numels"),
              py::arg("offsets"), py::arg("row_lengths"), py::arg("row_strides"),
              py::arg("tensor_ids"), py::arg("law"), py::arg("seed"), py::arg("draw"));
+    py::class_<DeltaMerge>(m, "DeltaMerge")
+        .def(py::init(&make_merge), py::kw_only(), py::arg("outs"), py::arg("bases"),
+             py::arg("models"), py::arg("numels"), py::arg("tensor_ids"), py::arg("weights"),
+             py::arg("ratios"), py::arg("thresholds"), py::arg("cuts"), py::arg("limits"),
+             py::arg("draws"), py::arg("seed"), py::arg("rounded"), py::arg("votes"),
+             py::arg("zero_up"), py::arg("combine"), py::arg("divisor"), py::arg("scale"));
 
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
     m.def("cpu_capabilities", &cpu_capabilities);
@@ -119,6 +156,8 @@ PYBIND11_MODULE(_C, m) {
                        reinterpret_cast<void*>(out), capability);
         },
         no_gil);
+
+    m.def("cpu_merge_deltas", &cpu_merge_deltas, no_gil);
 
     m.def("host_grid_sweep", &host_grid_sweep, no_gil);
     m.def(

@@ -49,6 +49,30 @@ class Products:
         draw: int,
     ) -> None: ...
 
+class DeltaMerge:
+    def __init__(
+        self,
+        *,
+        outs: list[_Dense],
+        bases: list[_Dense],
+        models: list[list[_Dense]],
+        numels: list[int],
+        tensor_ids: list[int],
+        weights: Sequence[float],
+        ratios: int,
+        thresholds: int,
+        cuts: int,
+        limits: Sequence[int],
+        draws: Sequence[int],
+        seed: int,
+        rounded: bool,
+        votes: int,
+        zero_up: bool,
+        combine: int,
+        divisor: float,
+        scale: float,
+    ) -> None: ...
+
 def cpu_capabilities() -> list[str]: ...
 def cpu_sweep(sweep: Sweep, capability: str, threads: int, /) -> None: ...
 def cpu_inner_products(products: Products, out: int, capability: str, threads: int, /) -> None: ...
@@ -65,6 +89,7 @@ def cpu_sample(
     /,
 ) -> None: ...
 def cpu_values(law: int, words: int, groups: int, out: int, capability: str, /) -> None: ...
+def cpu_merge_deltas(merge: DeltaMerge, capability: str, threads: int, /) -> None: ...
 
 # The bodies of the CUDA kernels, run on the host over a simulated grid.
 def host_grid_sweep(sweep: Sweep, /) -> None: ...

@@ -32,7 +32,7 @@ def check_operand(sweep: Sweep, i: int) -> None:
     argument, tensor = "params", param
     try:
         _check_strided(param)
-        _check_dtype(param)
+        check_element_type(param)
         if param.device != sweep.params[0].device:
             raise ValueError(f"it is on {param.device}, params[0] on {sweep.params[0].device}")
         _check_shard(param, sweep.shards[i], sweep.law)
@@ -67,8 +67,8 @@ def check_vector(products: InnerProducts, i: int) -> None:
     """Raises TypeError or ValueError, naming the vector, if there are no products with it."""
     vector = products.vectors[i]
     try:
-        _check_plain(vector)
-        _check_dtype(vector)
+        check_plain(vector)
+        check_element_type(vector)
         if vector.device != products.vectors[0].device:
             other = products.vectors[0].device
             raise ValueError(f"it is on {vector.device}, vectors[0] on {other}")
@@ -81,7 +81,7 @@ def _named(error: Exception, argument: str, i: int, tensor: Tensor) -> Exception
     return type(error)(f"{argument}[{i}] (shape {tuple(tensor.shape)}, {tensor.dtype}): {error}")
 
 
-def _check_dtype(tensor: Tensor) -> None:
+def check_element_type(tensor: Tensor) -> None:
     if tensor.dtype not in PARAM_DTYPES:
         raise TypeError("its dtype must be float32, bfloat16 or float16")
 
@@ -103,15 +103,15 @@ def _check_float32_beside(param: Tensor, tensor: Tensor) -> None:
 
 def _check_dense(sweep: Sweep, i: int, j: int) -> None:
     vector = sweep.dense[j][i]
-    _check_plain(vector)
-    _check_dtype(vector)
+    check_plain(vector)
+    check_element_type(vector)
     _check_beside(sweep.params[i], vector)
     momenta = None if sweep.update is None else sweep.update.momenta
     if momenta is not None and vector is momenta[i] and ~j in sweep.draws[sweep.rest :]:
         raise ValueError("a momentum that is updated can be a direction only before rest")
 
 
-def _check_plain(tensor: Tensor) -> None:
+def check_plain(tensor: Tensor) -> None:
     if is_traceable_wrapper_subclass(tensor):
         kind = type(tensor).__name__
         raise TypeError(f"it is a {kind}: give the local tensor that it wraps, with shards=")
@@ -120,7 +120,7 @@ def _check_plain(tensor: Tensor) -> None:
 
 
 def _check_strided(tensor: Tensor) -> None:
-    _check_plain(tensor)
+    check_plain(tensor)
     if not is_dense(tensor):
         raise ValueError(
             f"its strides {tensor.stride()} leave holes or overlapping elements: a sweep in place "
@@ -161,14 +161,19 @@ def check_memory(sweep: Sweep) -> None:
 
     A dense direction may be the momentum of its parameter.
     """
-    # Sorted by where they begin, an operand overlaps one that is written only if it begins before
-    # the end of everything before it.
     operands = [(name, i, tensor, True) for name, i, tensor in sweep.written()]
     momenta = None if sweep.update is None else sweep.update.momenta
     for j, vectors in enumerate(sweep.dense):
         for i, vector in enumerate(vectors):
             if momenta is None or vector is not momenta[i]:
                 operands.append((f"dense[{j}]", i, vector, False))
+    check_overlap(operands)
+
+
+def check_overlap(operands: list[tuple[str, int, Tensor, bool]]) -> None:
+    """Of operands (argument, position, tensor, whether it is written)."""
+    # Sorted by where they begin, an operand overlaps one that is written only if it begins before
+    # the end of everything before it.
     spans = sorted(
         (*_span(tensor), f"{name}[{i}]", is_written)
         for name, i, tensor, is_written in operands

@@ -35,9 +35,10 @@ from zokern.checks import (
     check_vector,
 )
 from zokern.laws import LAWS
+from zokern.merge_op import merge_deltas
 from zokern.sweep import InnerProducts, Shard, Sweep, Update
 
-__all__ = ["Update", "inner_products", "noise_sample", "perturb_"]
+__all__ = ["Update", "inner_products", "merge_deltas", "noise_sample", "perturb_"]
 
 Shards = Sequence[tuple[int, int, int] | None]
 

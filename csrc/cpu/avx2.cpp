@@ -4,8 +4,10 @@
 #include "simd_kernels.h"
 //
 #include "driver.h"
+//
+#include "deltas.h"
 
 namespace zokern {
-const CpuKernels kAvx2Kernels = {Simd::kName, sweep, products, sample, values};
+const CpuKernels kAvx2Kernels = {Simd::kName, sweep, products, sample, values, merge_deltas};
 }  // namespace zokern
 #endif

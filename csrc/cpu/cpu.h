@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "../deltas.h"
 #include "../sweep.h"
 
 namespace zokern {
@@ -26,5 +27,7 @@ void cpu_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t t
 // The values that a law gives to groups of four words; groups must be a multiple of 16.
 void cpu_values(Law law, const uint32_t* words, int64_t groups, void* out,
                 const std::string& capability);
+
+void cpu_merge_deltas(const DeltaMerge& merge, const std::string& capability, int threads);
 
 }  // namespace zokern

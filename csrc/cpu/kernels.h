@@ -5,6 +5,7 @@
 // function that an older CPU runs too.
 #pragma once
 
+#include "../deltas.h"
 #include "../sums.h"
 #include "../sweep.h"
 
@@ -33,6 +34,9 @@ struct CpuKernels {
     void (*sample)(Law, const Stream&, int64_t begin, int64_t end, void* out);
     // The values of given groups of four words; a multiple of 16 groups; types as for sample.
     void (*values)(Law, const uint32_t* words, int64_t groups, void* out);
+    // Merges elements [begin, end) of a tensor.
+    void (*merge_deltas)(const DeltaRules&, const DeltaTensor&, const DeltaSource* sources,
+                         int64_t begin, int64_t end);
 };
 
 extern const CpuKernels kPortableKernels;

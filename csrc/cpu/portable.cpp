@@ -78,7 +78,9 @@ void store_block(const SweepTensor& tensor, int64_t i, int64_t n, const float* t
 }  // namespace zokern
 
 #include "driver.h"
+//
+#include "deltas.h"
 
 namespace zokern {
-const CpuKernels kPortableKernels = {"portable", sweep, products, sample, values};
+const CpuKernels kPortableKernels = {"portable", sweep, products, sample, values, merge_deltas};
 }  // namespace zokern

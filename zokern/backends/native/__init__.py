@@ -12,11 +12,19 @@ try:
 except ImportError as error:
     _missing = str(error)
 else:
+    from zokern.backends.native.deltas import merge_deltas
     from zokern.backends.native.noise import sample
     from zokern.backends.native.perturb import perturb_
     from zokern.backends.native.products import inner_products
 
-__all__ = ["inner_products", "perturb_", "sample", "why_not", "why_not_by_default"]
+__all__ = [
+    "inner_products",
+    "merge_deltas",
+    "perturb_",
+    "sample",
+    "why_not",
+    "why_not_by_default",
+]
 
 
 def why_not(device: torch.device) -> str | None:

@@ -2,11 +2,19 @@
 
 import torch
 
+from zokern.backends.reference.deltas import merge_deltas
 from zokern.backends.reference.noise import sample
 from zokern.backends.reference.perturb import perturb_
 from zokern.backends.reference.products import inner_products
 
-__all__ = ["inner_products", "perturb_", "sample", "why_not", "why_not_by_default"]
+__all__ = [
+    "inner_products",
+    "merge_deltas",
+    "perturb_",
+    "sample",
+    "why_not",
+    "why_not_by_default",
+]
 
 
 def why_not(device: torch.device) -> str | None:
