@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from zokern.deltas import DeltaMerge
 from zokern.laws import LAWS
 from zokern.sweep import InnerProducts, Shard, Sweep
 
@@ -32,7 +33,7 @@ def check_operand(sweep: Sweep, i: int) -> None:
     argument, tensor = "params", param
     try:
         _check_strided(param)
-        check_element_type(param)
+        _check_dtype(param)
         if param.device != sweep.params[0].device:
             raise ValueError(f"it is on {param.device}, params[0] on {sweep.params[0].device}")
         _check_shard(param, sweep.shards[i], sweep.law)
@@ -67,8 +68,8 @@ def check_vector(products: InnerProducts, i: int) -> None:
     """Raises TypeError or ValueError, naming the vector, if there are no products with it."""
     vector = products.vectors[i]
     try:
-        check_plain(vector)
-        check_element_type(vector)
+        _check_plain(vector)
+        _check_dtype(vector)
         if vector.device != products.vectors[0].device:
             other = products.vectors[0].device
             raise ValueError(f"it is on {vector.device}, vectors[0] on {other}")
@@ -77,11 +78,35 @@ def check_vector(products: InnerProducts, i: int) -> None:
         raise _named(error, "vectors", i, vector) from None
 
 
+def check_delta_tensors(merge: DeltaMerge, i: int) -> None:
+    """Raises TypeError or ValueError, naming the operand, if an output cannot be merged."""
+    out, device = merge.outs[i], merge.outs[0].device
+    operands = [("outs", out)]
+    if merge.bases is not None:
+        operands.append(("bases", merge.bases[i]))
+    operands += [(f"models[{m}]", model[i]) for m, model in enumerate(merge.models)]
+    for name, tensor in operands:
+        try:
+            _check_plain(tensor)
+            _check_dtype(tensor)
+            if tensor.shape != out.shape or tensor.device != device:
+                raise ValueError(
+                    f"it must have the shape {tuple(out.shape)} of its output and the device "
+                    f"{device} of outs[0]; it is on {tensor.device}"
+                )
+            if tensor is out:
+                if not out.is_contiguous():
+                    raise ValueError(f"its strides are {out.stride()}: an output is contiguous")
+                check_elements(out.numel(), "uniform32")
+        except (TypeError, ValueError) as error:
+            raise _named(error, name, i, tensor) from None
+
+
 def _named(error: Exception, argument: str, i: int, tensor: Tensor) -> Exception:
     return type(error)(f"{argument}[{i}] (shape {tuple(tensor.shape)}, {tensor.dtype}): {error}")
 
 
-def check_element_type(tensor: Tensor) -> None:
+def _check_dtype(tensor: Tensor) -> None:
     if tensor.dtype not in PARAM_DTYPES:
         raise TypeError("its dtype must be float32, bfloat16 or float16")
 
@@ -103,15 +128,15 @@ def _check_float32_beside(param: Tensor, tensor: Tensor) -> None:
 
 def _check_dense(sweep: Sweep, i: int, j: int) -> None:
     vector = sweep.dense[j][i]
-    check_plain(vector)
-    check_element_type(vector)
+    _check_plain(vector)
+    _check_dtype(vector)
     _check_beside(sweep.params[i], vector)
     momenta = None if sweep.update is None else sweep.update.momenta
     if momenta is not None and vector is momenta[i] and ~j in sweep.draws[sweep.rest :]:
         raise ValueError("a momentum that is updated can be a direction only before rest")
 
 
-def check_plain(tensor: Tensor) -> None:
+def _check_plain(tensor: Tensor) -> None:
     if is_traceable_wrapper_subclass(tensor):
         kind = type(tensor).__name__
         raise TypeError(f"it is a {kind}: give the local tensor that it wraps, with shards=")
@@ -120,7 +145,7 @@ def check_plain(tensor: Tensor) -> None:
 
 
 def _check_strided(tensor: Tensor) -> None:
-    check_plain(tensor)
+    _check_plain(tensor)
     if not is_dense(tensor):
         raise ValueError(
             f"its strides {tensor.stride()} leave holes or overlapping elements: a sweep in place "

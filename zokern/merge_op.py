@@ -7,7 +7,7 @@ from torch import Tensor
 
 from zokern import backends
 from zokern.arguments import float32s, integer, integers, signed, tensor_list, unsigned
-from zokern.checks import check_element_type, check_elements, check_overlap, check_plain
+from zokern.checks import check_delta_tensors, check_overlap
 from zokern.deltas import COMBINE, MAX_MODELS, VOTES, Combine, DeltaMerge, Votes
 
 KEEP_ALL = 1 << 32
@@ -142,7 +142,7 @@ def _merge(
     divisor: float,
     scale: float,
 ) -> DeltaMerge:
-    """The flat arguments of the schema as a DeltaMerge, every operand checked but for its memory."""
+    """The flat arguments of the schema, every operand checked but for its memory."""
     count, model_count = len(outs), len(weights)
     if not 1 <= model_count <= MAX_MODELS:
         raise ValueError(f"one call merges 1 to {MAX_MODELS} models, not {model_count}")
@@ -182,7 +182,7 @@ def _merge(
         scale=float32s("scale", [scale])[0],
     )
     for i in range(count):
-        _check_tensors(merge, i)
+        check_delta_tensors(merge, i)
     return merge
 
 
@@ -210,30 +210,6 @@ def _check_numbers(
         )
     if outs and given.device != outs[0].device:
         raise ValueError(f"{name} is on {given.device}, outs[0] on {outs[0].device}")
-
-
-def _check_tensors(merge: DeltaMerge, i: int) -> None:
-    out = merge.outs[i]
-    operands = [("outs", out)]
-    if merge.bases is not None:
-        operands.append(("bases", merge.bases[i]))
-    operands += [(f"models[{m}]", model[i]) for m, model in enumerate(merge.models)]
-    for name, tensor in operands:
-        try:
-            check_plain(tensor)
-            check_element_type(tensor)
-            if tensor.shape != out.shape or tensor.device != merge.outs[0].device:
-                raise ValueError(
-                    f"it must have the shape {tuple(out.shape)} of its output and the device "
-                    f"{merge.outs[0].device} of outs[0]; it is on {tensor.device}"
-                )
-            if tensor is out:
-                if not out.is_contiguous():
-                    raise ValueError(f"its strides are {out.stride()}: an output is contiguous")
-                check_elements(out.numel(), "uniform32")
-        except (TypeError, ValueError) as error:
-            where = f"{name}[{i}] (shape {tuple(tensor.shape)}, {tensor.dtype})"
-            raise type(error)(f"{where}: {error}") from None
 
 
 def _check_memory(merge: DeltaMerge) -> None:
