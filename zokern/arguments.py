@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -102,6 +103,23 @@ def flat(rows_: Sequence[Sequence[float]], members: list[int]) -> list[float]:
 
 def pick(values: Sequence[T], members: list[int]) -> list[T]:
     return [values[i] for i in members]
+
+
+def by_device(tensors: list[Tensor]) -> dict[torch.device, list[int]]:
+    """The positions of the tensors of each device."""
+    members: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        members.setdefault(tensor.device, []).append(i)
+    return members
+
+
+def check_flat(count: int, **arguments: tuple[Sequence, int]) -> None:
+    """Each argument is (its entries, how many of them there are for a tensor)."""
+    for name, (values, each) in arguments.items():
+        if len(values) != each * count:
+            raise ValueError(
+                f"{name} must have {each * count} entries for {count} tensors, not {len(values)}"
+            )
 
 
 def signed(seed: int) -> int:

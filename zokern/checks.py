@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zokern.deltas import DeltaMerge
 from zokern.laws import LAWS
+from zokern.merging import AdamNumbers, AdamSteps, Differences
 from zokern.sweep import InnerProducts, Shard, Sweep
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,6 +101,60 @@ def check_delta_tensors(merge: DeltaMerge, i: int) -> None:
                 check_elements(out.numel(), "uniform32")
         except (TypeError, ValueError) as error:
             raise _named(error, name, i, tensor) from None
+
+
+def check_difference(values: Differences, i: int) -> None:
+    """Raises TypeError or ValueError, naming the operand, if it has no values to select from."""
+    argument, tensor = "tensors", values.tensors[i]
+    try:
+        _check_value(tensor, values.tensors[0])
+        if values.bases is not None:
+            argument, tensor = "bases", values.bases[i]
+            _check_value(tensor, values.tensors[i], beside=True)
+    except (TypeError, ValueError) as error:
+        raise _named(error, argument, i, tensor) from None
+
+
+def check_adam_step(steps: AdamSteps, i: int) -> None:
+    """Raises TypeError or ValueError, naming the operand, if there is no step with it."""
+    argument, tensor = "grads", steps.grads[i]
+    try:
+        _check_value(tensor, steps.grads[0])
+        argument, tensor = "exp_avgs", steps.exp_avgs[i]
+        _check_value(tensor, steps.grads[i], beside=True)
+        argument, tensor = "exp_avg_sqs", steps.exp_avg_sqs[i]
+        _check_value(tensor, steps.grads[i], beside=True)
+        if steps.cached is not None:
+            argument, tensor = "cached", steps.cached[i]
+            _check_value(tensor, steps.grads[i], beside=True)
+            if tensor.dtype != torch.float32:
+                raise TypeError("its dtype must be float32")
+    except (TypeError, ValueError) as error:
+        raise _named(error, argument, i, tensor) from None
+
+
+def check_adam_numbers(steps: AdamSteps) -> None:
+    count = len(steps.grads)
+    check_table("numbers", steps.numbers, torch.float32, (count, len(AdamNumbers._fields)))
+    check_table("merges", steps.merges, torch.int64, (count,))
+
+
+def check_table(name: str, table: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raises TypeError or ValueError if a table of numbers is not of this dtype and shape."""
+    if table.dtype != dtype:
+        raise TypeError(f"{name} must be of {dtype}, not {table.dtype}")
+    if tuple(table.shape) != shape:
+        raise ValueError(f"{name} must have the shape {shape}, not {tuple(table.shape)}")
+
+
+def _check_value(tensor: Tensor, other: Tensor, *, beside: bool = False) -> None:
+    """One that is only read, in any memory format, on the device of the other."""
+    _check_plain(tensor)
+    _check_dtype(tensor)
+    if beside and tensor.shape != other.shape:
+        raise ValueError(f"it must have the shape {tuple(other.shape)} of what it goes with")
+    if tensor.device != other.device:
+        raise ValueError(f"it must be on {other.device} with the others, not on {tensor.device}")
 
 
 def _named(error: Exception, argument: str, i: int, tensor: Tensor) -> Exception:

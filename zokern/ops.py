@@ -1,5 +1,7 @@
 """The operations: each a torch.library schema, its checks and its fake, and the door to it.
 
+Those on magnitudes are in :mod:`zokern.magnitudes`, their doors are here too.
+
 A door (``perturb_``) takes what users write and brings it into the flat form of the schema; the
 checks run inside the operator itself, so ``torch.ops.zokern.perturb_`` is as safe as the door.
 Nothing is written before every operand has passed.
@@ -13,6 +15,8 @@ from torch import Tensor
 from zokern import backends
 from zokern.arguments import (
     Numbers,
+    by_device,
+    check_flat,
     check_length,
     directions,
     flat,
@@ -35,10 +39,21 @@ from zokern.checks import (
     check_vector,
 )
 from zokern.laws import LAWS
+from zokern.magnitudes import adam_threshold, difference_threshold, l1_sums, magnitude_threshold
 from zokern.merge_op import merge_deltas
 from zokern.sweep import InnerProducts, Shard, Sweep, Update
 
-__all__ = ["Update", "inner_products", "merge_deltas", "noise_sample", "perturb_"]
+__all__ = [
+    "Update",
+    "adam_threshold",
+    "difference_threshold",
+    "inner_products",
+    "l1_sums",
+    "magnitude_threshold",
+    "merge_deltas",
+    "noise_sample",
+    "perturb_",
+]
 
 Shards = Sequence[tuple[int, int, int] | None]
 
@@ -172,7 +187,7 @@ def perturb_(
             [n for i in members for n in shard_list[i]],
         )
 
-    calls = [call(members) for members in _by_device(params).values()]
+    calls = [call(members) for members in by_device(params).values()]
     if len(calls) > 1:
         for arguments in calls:
             check_memory(_sweep(*arguments))
@@ -233,7 +248,7 @@ def inner_products(
     seed = signed(integer("seed", seed, bits=64))
     sums = torch.zeros(count, 3, dtype=torch.float64)
     with torch.no_grad():
-        for members in _by_device(vectors).values():
+        for members in by_device(vectors).values():
             sums[members] = torch.ops.zokern.inner_products(
                 pick(vectors, members),
                 draw,
@@ -338,21 +353,21 @@ def _sweep(
     """The flat arguments of the schema as a Sweep, every operand checked but for its memory."""
     check_direction_law(law)
     count, k = len(params), len(draws)
-    _check_flat(count, residual_of=(residual_of, 1), tensor_ids=(tensor_ids, 1), shards=(shards, 3))
+    check_flat(count, residual_of=(residual_of, 1), tensor_ids=(tensor_ids, 1), shards=(shards, 3))
     used = sorted(slot for slot in residual_of if slot >= 0)
     if used != list(range(len(residuals))):
         raise ValueError(f"residual_of must name each of the {len(residuals)} residuals once")
     if masters:
-        _check_flat(count, masters=(masters, 1))
+        check_flat(count, masters=(masters, 1))
     if momenta:
-        _check_flat(count, momenta=(momenta, 1))
+        check_flat(count, momenta=(momenta, 1))
     if count and len(dense) % count:
         raise ValueError(f"dense has {len(dense)} entries, no multiple of the {count} params")
     if not 0 <= rest <= k:
         raise ValueError(f"rest must be between 0 and the {k} directions, not {rest}")
     update = None
     if gradient:
-        _check_flat(count, decays=(decays, 1), steps=(steps, 1))
+        check_flat(count, decays=(decays, 1), steps=(steps, 1))
         update = Update(
             unflatten("gradient", gradient, count, k),
             float32s("decays", decays),
@@ -395,7 +410,7 @@ def _products(
     """The flat arguments of the schema, checked."""
     check_direction_law(law)
     count = len(vectors)
-    _check_flat(count, tensor_ids=(tensor_ids, 1), shards=(shards, 3))
+    check_flat(count, tensor_ids=(tensor_ids, 1), shards=(shards, 3))
     products = InnerProducts(
         vectors=vectors,
         shards=[Shard(*shards[3 * i : 3 * i + 3]) for i in range(count)],
@@ -407,14 +422,6 @@ def _products(
     for i in range(count):
         check_vector(products, i)
     return products
-
-
-def _check_flat(count: int, **arguments: tuple[Sequence, int]) -> None:
-    for name, (values, each) in arguments.items():
-        if len(values) != each * count:
-            raise ValueError(
-                f"{name} must have {each * count} entries for {count} tensors, not {len(values)}"
-            )
 
 
 def _read_update(update: Update, count: int, k: int) -> Update:
@@ -434,13 +441,6 @@ def _read_update(update: Update, count: int, k: int) -> Update:
         momenta,
         bool(update.sign),
     )
-
-
-def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[int]]:
-    members: dict[torch.device, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        members.setdefault(tensor.device, []).append(i)
-    return members
 
 
 def _shard_list(shards: Shards | None, tensors: list[Tensor]) -> list[tuple[int, ...]]:

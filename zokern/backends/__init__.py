@@ -4,8 +4,12 @@ A backend is a package with the functions
 
 - ``why_not(device) -> str | None``: None where it can run on that kind of device, else the reason;
 - ``why_not_by_default(device)``: likewise, for the automatic choice;
-- ``perturb_(sweep)``, ``inner_products(products)``, ``sample(law, numel, ...)``,
-  ``merge_deltas(merge)``: the operations of :mod:`zokern.ops`.
+- ``perturb_(sweep)``, ``inner_products(products)``, ``sample(law, numel, ...)``: the operations of
+  :mod:`zokern.ops`;
+- ``select(selection)``: float32 thresholds, int64 cuts and the float32 largest magnitudes (NaN
+  where a value is), and ``l1_sums(sums)``: those of :mod:`zokern.magnitudes`, on the tensors'
+  device;
+- ``merge_deltas(merge)``: that of :mod:`zokern.merge_op`.
 
 To add one, write the package and put its name into ``ORDER``.
 """

@@ -20,7 +20,7 @@ def moments(steps: AdamSteps, i: int) -> tuple[Tensor, Tensor]:
     n = numbers_of(steps, i, steps.grads[i].device)
     grad = n.sign * steps.grads[i].flatten().float()
     first, second = steps.exp_avgs[i].flatten(), steps.exp_avg_sqs[i].flatten()
-    new_first = fma(n.one_minus_beta1, grad, n.beta1 * first.float())
+    new_first = fma(torch.as_tensor(n.one_minus_beta1), grad, n.beta1 * first.float())
     new_second = fma(n.one_minus_beta2 * grad, grad, n.beta2 * second.float())
     return new_first.to(first.dtype).float(), new_second.to(second.dtype).float()
 

@@ -1,9 +1,10 @@
-"""A merge of several models over a base, said plainly; the order is that of :mod:`zokern.deltas`."""
+"""A merge of several models over a base, said plainly; its order is in :mod:`zokern.deltas`."""
 
 import torch
 from torch import Tensor
 
 from zokern.backends.reference.noise import values_at
+from zokern.backends.reference.values import magnitudes
 from zokern.deltas import DeltaMerge
 
 
@@ -46,11 +47,9 @@ def _kept(merge: DeltaMerge, m: int, i: int, delta: Tensor) -> Tensor:
     elements = torch.arange(delta.numel(), device=delta.device)
     if merge.thresholds is not None:
         assert merge.cuts is not None
-        magnitudes = delta.view(torch.int32) & 0x7FFFFFFF
-        threshold = merge.thresholds[m, i].view(torch.int32) & 0x7FFFFFFF
-        return (magnitudes > threshold) | (
-            (magnitudes == threshold) & (elements < merge.cuts[m, i])
-        )
+        magnitude, threshold = magnitudes(delta), magnitudes(merge.thresholds[m, i])
+        below_cut = elements < merge.cuts[m, i]
+        return (magnitude > threshold) | ((magnitude == threshold) & below_cut)
     if merge.limits[m] == 1 << 32:
         return torch.ones_like(elements, dtype=torch.bool)
     words = values_at(

@@ -1,0 +1,497 @@
+"""Thresholds that keep the k largest magnitudes, and L1 sums: right, and on every backend alike."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import zokern
+from tests.same_bits import same_bits
+from zokern import backends, ops
+from zokern.backends.reference import adam
+from zokern.backends.reference.noise import values_at
+from zokern.merging import AdamNumbers, AdamSteps, Differences, Mask
+from zokern.sweep import Shard
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+INFINITY = float("inf")
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def data() -> dict[str, Tensor]:
+    few = torch.tensor([0.0, -0.0, 0.5, -0.5, 2.0])
+    pick = torch.randint(0, 5, (3000,), generator=torch.Generator().manual_seed(1))
+    zeros = torch.zeros(700)
+    zeros[::3] = -0.0
+    denormals = randn(900) * 1e-40
+    denormals[::7] = 0.0
+    infinite = randn(500)
+    infinite[::50] = INFINITY
+    infinite[7::70] = -INFINITY
+    return {
+        "random": randn(6000),
+        "a matrix": randn(37, 41),
+        "wide": randn(2000) * torch.logspace(-44, 38, 2000),
+        "tied": few[pick],
+        "all equal": torch.full((2500,), -0.3),
+        "all zero": zeros,
+        "denormals": denormals,
+        "infinities": infinite,
+        "one element": torch.tensor([-3.0]),
+        "one of no dimension": torch.tensor(2.5),
+        "two": torch.tensor([1.0, -1.0]),
+        "empty": torch.empty(0),
+    }
+
+
+DATA = data()
+
+
+def magnitudes(value: Tensor) -> Tensor:
+    return value.float().flatten().contiguous().view(torch.int32) & 0x7FFFFFFF
+
+
+def mask_of(value: Tensor, threshold: Tensor, cut: Tensor) -> Tensor:
+    """The elements that an answer keeps."""
+    magnitude, limit = magnitudes(value), threshold.reshape(1).view(torch.int32) & 0x7FFFFFFF
+    index = torch.arange(magnitude.numel())
+    return (magnitude > limit) | ((magnitude == limit) & (index < cut))
+
+
+def mask_by_sorting(value: Tensor, k: int) -> Tensor:
+    order = magnitudes(value).sort(descending=True, stable=True).indices
+    mask = torch.zeros(value.numel(), dtype=torch.bool)
+    mask[order[:k]] = True
+    return mask
+
+
+def ks(numel: int) -> list[int]:
+    return sorted({0, 1, numel // 10, numel // 2, max(numel - 1, 0), numel, numel + 5})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", DATA)
+def test_they_keep_what_a_stable_sort_puts_first(backend, name, dtype):
+    value = DATA[name].to(dtype)
+    for k in ks(value.numel()):
+        thresholds, cuts = ops.magnitude_threshold([value], k)
+        assert thresholds.shape == cuts.shape == (1,)
+        assert thresholds.dtype == torch.float32
+        assert cuts.dtype == torch.int64
+        mask = mask_of(value, thresholds[0], cuts[0])
+        assert torch.equal(mask, mask_by_sorting(value, k)), f"k = {k}"
+
+
+def test_what_keeps_nothing_and_what_keeps_all(backend):
+    value = torch.tensor([1.0, -INFINITY])
+    thresholds, cuts = ops.magnitude_threshold([value, value, value], [0, 2, 10])
+    assert thresholds.view(torch.int32).tolist() == [0x7FFFFFFF, 0, 0]
+    assert cuts.tolist() == [0, 2, 2]
+
+
+def test_the_cut_is_behind_the_last_of_its_equals_that_is_kept(backend):
+    value = torch.tensor([2.0, 1.0, -1.0, 0.0, 1.0, -2.0, 0.0])
+    thresholds, cuts = ops.magnitude_threshold([value] * 4, [2, 3, 4, 5])
+    assert thresholds.tolist() == [2.0, 1.0, 1.0, 1.0]
+    assert cuts.tolist() == [7, 2, 3, 7]
+
+
+def tensors_of_all_kinds(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [value.to(dtype) for value in DATA.values()]
+
+
+def both(call, *arguments, **keywords) -> tuple:
+    """What the chosen backend and what the reference answers."""
+    got = call(*arguments, **keywords)
+    with zokern.use_backend("reference"):
+        return got, call(*arguments, **keywords)
+
+
+def check_same(call, *arguments, **keywords) -> None:
+    got, wanted = both(call, *arguments, **keywords)
+    for a, b in zip(got, wanted, strict=True):
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backends_agree(kernel_backend, dtype, joined):
+    tensors = tensors_of_all_kinds(dtype)
+    for k in (0, 1, 2, 77, 1000, 2400, 7000, 15_000, 30_000):
+        check_same(ops.magnitude_threshold, tensors, k, joined=joined)
+
+
+@pytest.mark.parametrize("name", ["random", "tied", "all equal"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_tensors(kernel_backend, dtype, name):
+    if kernel_backend == "triton":
+        pytest.skip("the interpreter takes its time; its tensors are large in test_triton_select")
+    value = DATA[name].repeat((1 << 21) // DATA[name].numel()).to(dtype)
+    value[1:] *= 1 + (torch.arange(value.numel() - 1) % 3 == 0)
+    for share in (0.01, 0.5, 0.999):
+        check_same(ops.magnitude_threshold, [value, value[5:-9]], int(share * value.numel()))
+    check_same(ops.magnitude_threshold, [value, value[5:]], value.numel(), joined=True)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("base_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_differences(backend, dtype, base_dtype, rounded):
+    value = randn(3001).to(dtype)
+    base = (value.float() + 0.01 * randn(3001, seed=1)).to(base_dtype)
+    difference = value.float() - base.float()
+    if rounded:
+        difference = difference.to(dtype)
+    values = Differences([value], [base], rounded)
+    for k in ks(3001):
+        (threshold,), (cut,) = ops.difference_threshold(values, k)
+        assert torch.equal(mask_of(difference, threshold, cut), mask_by_sorting(difference, k))
+    if not rounded:
+        check_same(ops.magnitude_threshold, [value], 100, bases=[base])
+
+
+def test_joined_tensors_are_their_concatenation(backend):
+    tensors = [randn(50), DATA["tied"], torch.empty(0), DATA["all equal"].bfloat16(), randn(7, 9)]
+    whole = torch.cat([tensor.float().flatten() for tensor in tensors])
+    for k in ks(whole.numel()):
+        thresholds, cuts = ops.magnitude_threshold(tensors, k, joined=True)
+        own = [mask_of(*one) for one in zip(tensors, thresholds, cuts, strict=True)]
+        assert torch.equal(torch.cat(own), mask_by_sorting(whole, k)), f"k = {k}"
+        assert all(0 <= c <= t.numel() for t, c in zip(tensors, cuts.tolist(), strict=True))
+
+
+def test_elements_count_in_logical_order_in_every_memory_format(backend):
+    value = torch.randint(-3, 3, (2, 3, 5, 4), generator=torch.Generator().manual_seed(0)).float()
+    base = randn(4, 5, 3, 2)
+    strange = [value.to(memory_format=torch.channels_last), value.transpose(1, 2), value[:, :, ::2]]
+    for tensor in strange:
+        check_same(ops.magnitude_threshold, [tensor], 37)
+        got = ops.magnitude_threshold([tensor], 37)
+        assert got == ops.magnitude_threshold([tensor.contiguous()], 37)
+    bases = base.permute(3, 2, 1, 0)
+    got = ops.magnitude_threshold([value], 37, bases=[bases])
+    assert got == ops.magnitude_threshold([value], 37, bases=[bases.contiguous()])
+
+
+NEAR = {
+    "right": lambda t: t,
+    "close": lambda t: t * (1 + 1e-5),
+    "above": lambda t: t * 1.5 + 0.1,
+    "below": lambda t: t * 0.5,
+    "negative": lambda t: -t,
+    "zero": torch.zeros_like,
+    "infinite": lambda t: torch.full_like(t, INFINITY),
+    "NaN": lambda t: torch.full_like(t, math.nan),
+    "strange NaN": lambda t: torch.full_like(t, -1, dtype=torch.int32).view(torch.float32),
+    "tiny": lambda t: torch.full_like(t, 1e-45),
+}
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("name", NEAR)
+def test_a_near_threshold_never_changes_the_result(backend, name, joined):
+    large = randn(1 << 17) if backend != "triton" else randn(1 << 12)
+    tensors = [*tensors_of_all_kinds(), large, large.bfloat16()]
+    for k in (0, 1, 1000, 2400):
+        wanted = ops.magnitude_threshold(tensors, k, joined=joined)
+        near = NEAR[name](wanted[0])
+        got = ops.magnitude_threshold(tensors, k, joined=joined, near=near)
+        assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0xFFFFFFFF], ids=hex)
+@pytest.mark.parametrize("joined", [False, True])
+def test_nan_is_an_error_that_names_the_tensor(backend, bits, joined):
+    good, bad = randn(40), randn(8, 5)
+    bad.view(torch.int32)[3, 2] = bits - (bits >> 31 << 32)
+    for k in (1, 39):
+        with pytest.raises(
+            ValueError, match=r"tensors\[1\] \(shape \(8, 5\), torch.float32\).*NaN"
+        ):
+            ops.magnitude_threshold([good, bad, bad], k, joined=joined)
+    infinite = torch.full((8, 5), INFINITY)
+    with pytest.raises(ValueError, match=r"tensors\[0\].*NaN"):
+        ops.magnitude_threshold([infinite], 1, bases=[infinite])
+    ops.magnitude_threshold([infinite], 1, bases=[good.view(8, 5)])
+
+
+def adam_steps(dtype: torch.dtype, state: torch.dtype, cached: bool = True) -> AdamSteps:
+    """Tensors of several sizes; the last is at its first step, with one magnitude."""
+    shapes = [(70, 30), (1,), (0,), (1000,), (3, 333), (900,)]
+    grads = [randn(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
+    exp_avgs = [0.1 * randn(*shape, seed=10 + i) for i, shape in enumerate(shapes)]
+    exp_avg_sqs = [0.01 * randn(*shape, seed=20 + i) ** 2 for i, shape in enumerate(shapes)]
+    grads[-1].fill_(0.5)[::3] = -0.5
+    exp_avgs[-1].zero_()
+    exp_avg_sqs[-1].zero_()
+    numbers = [AdamNumbers(step=1e-3 * (1 + i), sign=(-1.0) ** i) for i in range(len(shapes))]
+    return AdamSteps(
+        grads,
+        [exp_avg.to(state) for exp_avg in exp_avgs],
+        [exp_avg_sq.to(state) for exp_avg_sq in exp_avg_sqs],
+        [1e-3 * randn(*shape, seed=30 + i) for i, shape in enumerate(shapes)] if cached else None,
+        torch.tensor(numbers),
+        torch.tensor([1, 1, 1, 0, 1, 0]),
+    )
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("state", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_steps_of_adam_are_selected_from_as_if_they_were_stored(backend, dtype, state, cached):
+    steps = adam_steps(dtype, state, cached)
+    deltas = [adam.delta(steps, i) for i in range(len(steps.grads))]
+    for k in (0, 1, 300, 900, 5000):
+        got = ops.adam_threshold(steps, k)
+        wanted = ops.magnitude_threshold(deltas, k)
+        near = ops.adam_threshold(steps, k, near=1.001 * wanted[0])
+        for a, b, c in zip(got, wanted, near, strict=True):
+            assert same_bits(a, b)
+            assert same_bits(a, c)
+
+
+def test_a_step_that_is_nan_counts_as_largest(backend):
+    steps = adam_steps(torch.float32, torch.float32)
+    steps.grads[0][4, 5] = math.nan
+    thresholds, cuts = ops.adam_threshold(steps, 1)
+    assert thresholds[0].isnan()
+    assert cuts[0] == 2100
+
+
+def test_steps_are_not_taken(backend):
+    steps = adam_steps(torch.bfloat16, torch.float32)
+    assert steps.cached is not None
+    tensors = [*steps.grads, *steps.exp_avgs, *steps.exp_avg_sqs, *steps.cached]
+    before = [tensor.clone() for tensor in tensors]
+    ops.adam_threshold(steps, 10)
+    ops.l1_sums(steps, random_mask(steps.grads))
+    assert all(same_bits(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def shards_of(tensors: list[Tensor]) -> list[Shard]:
+    """Whole tensors, but those of two dimensions rows of larger ones."""
+    return [
+        Shard(1021, t.shape[1], t.shape[1] + 3) if t.dim() == 2 else Shard(0, t.numel(), t.numel())
+        for t in tensors
+    ]
+
+
+def random_mask(tensors: list[Tensor], seed: int = 2**64 - 3) -> Mask:
+    count = len(tensors)
+    limits = [0, 1 << 32, 1 << 31, 1 << 30, 1, (1 << 32) - 1]
+    return Mask(
+        None,
+        None,
+        torch.arange(count) + (1 << 32) - count,
+        torch.tensor([limits[i % len(limits)] for i in range(count)]),
+        shards_of(tensors),
+        [(1 << 56) - 1 - i for i in range(count)],
+        seed,
+    )
+
+
+def mask_by_threshold(tensors: list[Tensor], thresholds: Tensor, cuts: Tensor) -> Mask:
+    zeros = torch.zeros(len(tensors), dtype=torch.int64)
+    return Mask(thresholds, cuts, zeros, zeros, shards_of(tensors), [0] * len(tensors), 0)
+
+
+def l1_data() -> list[Tensor]:
+    finite = [value for name, value in DATA.items() if name != "infinities"]
+    return [*finite, torch.tensor([1.0, INFINITY, -INFINITY]), torch.tensor([1.0, math.nan])]
+
+
+def exact_sum(value: Tensor) -> Tensor:
+    total = math.fsum(value.flatten().double().abs().tolist())
+    return torch.tensor(total, dtype=torch.float64).float()
+
+
+def test_sums_by_threshold_are_exact(backend):
+    tensors = l1_data()
+    thresholds, cuts = ops.magnitude_threshold(tensors[:-1], 100)
+    thresholds = torch.cat([thresholds, torch.tensor([INFINITY])])
+    cuts = torch.cat([cuts, torch.tensor([2])])
+    got = ops.l1_sums(Differences(tensors), mask_by_threshold(tensors, thresholds, cuts))
+    assert got.shape == (len(tensors), 2)
+    for i, tensor in enumerate(tensors):
+        mask = mask_of(tensor, thresholds[i], cuts[i])
+        assert same_bits(got[i, 0], exact_sum(tensor)), f"tensor {i}"
+        assert same_bits(got[i, 1], exact_sum(tensor.flatten()[mask])), f"tensor {i}"
+
+
+def test_sums_at_random_are_exact(backend):
+    tensors = [value for value in l1_data() if value.numel() > 1 or value.dim() == 1]
+    mask = random_mask(tensors)
+    got = ops.l1_sums(Differences(tensors), mask)
+    for i, (tensor, shard) in enumerate(zip(tensors, mask.shards, strict=True)):
+        rows = torch.arange(tensor.numel()) // max(shard.row_length, 1)
+        elements = (
+            shard.offset
+            + torch.arange(tensor.numel())
+            + rows * (shard.row_stride - shard.row_length)
+        )
+        word = values_at(
+            "uniform32",
+            elements,
+            seed=mask.seed,
+            draw=int(mask.draws[i]),
+            tensor_id=mask.tensor_ids[i],
+        )
+        assert same_bits(got[i, 0], exact_sum(tensor))
+        assert same_bits(got[i, 1], exact_sum(tensor.flatten()[word < mask.limits[i]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_agree(kernel_backend, dtype):
+    steps = adam_steps(dtype, dtype)
+    tensors = [randn(5000).to(dtype), randn(30, 41).to(dtype)]
+    bases = [0.9 * tensor.float() for tensor in tensors]
+    for values, like in (
+        (steps, steps.grads),
+        (Differences(tensors, bases), tensors),
+        (Differences(tensors, bases, rounded=True), tensors),
+    ):
+        (got,), (wanted,) = both(lambda *a: (ops.l1_sums(*a),), values, random_mask(like))
+        assert same_bits(got, wanted)
+        thresholds, cuts = ops.adam_threshold(steps, 100)
+        if values is not steps:
+            thresholds, cuts = ops.difference_threshold(values, 100)
+        mask = mask_by_threshold(like, thresholds, cuts)
+        (got,), (wanted,) = both(lambda *a: (ops.l1_sums(*a),), values, mask)
+        assert same_bits(got, wanted)
+
+
+def test_sums_do_not_depend_on_the_order_of_large_and_small_terms(backend):
+    value = torch.full((5000,), 2.0**-30)
+    value[2500] = 2.0**30
+    mask = mask_by_threshold([value], torch.tensor([1.0]), torch.tensor([0]))
+    wanted = 2.0**30 + 4999 * 2.0**-30
+    assert ops.l1_sums(Differences([value]), mask)[0].tolist() == [
+        float(torch.tensor(wanted, dtype=torch.float64).float()),
+        2.0**30,
+    ]
+
+
+def test_many_threads_agree_with_one():
+    if backends.select(torch.device("cpu")).__name__ != "zokern.backends.native":
+        pytest.skip("zokern was built without the native core")
+    value = randn(3 << 20)
+    tied = (4 * value).round()
+    tensors = [value, tied, value[:1000], tied[:40_000], value.bfloat16()]
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append([*ops.magnitude_threshold(tensors, 500, near=torch.ones(5))])
+        results[-1] += ops.magnitude_threshold(tensors, 1 << 20, joined=True)
+        results[-1].append(ops.l1_sums(Differences(tensors), random_mask(tensors)))
+    torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+def test_it_passes_opcheck():
+    tensors = [randn(5, 3), randn(7).bfloat16()]
+    near = torch.tensor([0.5, math.nan])
+    selection = (tensors, [], False, [3, 4], False, near)
+    torch.library.opcheck(torch.ops.zokern.magnitude_threshold, selection)
+    joined = (tensors, [randn(5, 3), randn(7)], True, [3], True, None)
+    torch.library.opcheck(torch.ops.zokern.magnitude_threshold, joined)
+    mask = (None, None, torch.tensor([0, 1]), torch.tensor([1 << 31, 5]))
+    place = ([0, 15, 15, 0, 7, 7], [1, 2], -7)
+    torch.library.opcheck(torch.ops.zokern.magnitude_l1_sums, (tensors, [], False, *mask, *place))
+    steps = adam_steps(torch.bfloat16, torch.float32)
+    own = (
+        steps.grads,
+        steps.exp_avgs,
+        steps.exp_avg_sqs,
+        steps.cached,
+        steps.numbers,
+        steps.merges,
+    )
+    torch.library.opcheck(torch.ops.zokern.adam_threshold, (*own, [3] * 6, False, None))
+
+
+def test_a_gradient_is_no_obstacle_and_the_result_has_none():
+    weight = randn(10).requires_grad_()
+    thresholds, _ = ops.magnitude_threshold([weight], 3)
+    assert not thresholds.requires_grad
+
+
+def test_no_tensors_at_all():
+    thresholds, cuts = ops.magnitude_threshold([], 3)
+    assert thresholds.shape == cuts.shape == (0,)
+    assert ops.magnitude_threshold([], 3, joined=True)[0].shape == (0,)
+
+
+BAD = {
+    "k negative": (lambda t: ([t], -1), {}, ValueError, "k must be at least 0"),
+    "k a float": (lambda t: ([t], 2.0), {}, TypeError, "k must be an integer"),
+    "k of wrong length": (lambda t: ([t], [1, 2]), {}, ValueError, "k must be one number or 1"),
+    "k in a list": (lambda t: ([t], [None]), {}, TypeError, r"k\[0\] must be an integer"),
+    "several k joined": (
+        lambda t: ([t, t], [1, 2]),
+        {"joined": True},
+        ValueError,
+        "k must be one number or 1 for tensors that are joined",
+    ),
+    "one tensor": (lambda t: (t, 1), {}, TypeError, "tensors must be a list"),
+    "integers": (
+        lambda t: ([t, t.int()], 1),
+        {},
+        TypeError,
+        r"tensors\[1\].*dtype must be",
+    ),
+    "sparse": (lambda t: ([t.to_sparse()], 1), {}, TypeError, r"tensors\[0\].*layout"),
+    "bases missing": (lambda t: ([t], 1), {"bases": []}, ValueError, "bases must have 1 entries"),
+    "base of another shape": (
+        lambda t: ([t], 1),
+        {"bases": [torch.zeros(3)]},
+        ValueError,
+        r"bases\[0\].*it must have the shape \(4,\)",
+    ),
+    "near of wrong length": (
+        lambda t: ([t], 1),
+        {"near": torch.zeros(2)},
+        ValueError,
+        r"near must have the shape \(1,\)",
+    ),
+    "near of another dtype": (
+        lambda t: ([t], 1),
+        {"near": torch.zeros(1).double()},
+        TypeError,
+        "near must be of torch.float32",
+    ),
+    "near a number": (
+        lambda t: ([t], 1),
+        {"near": 0.5},
+        TypeError,
+        "near must be a float32 tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(name):
+    arguments, keywords, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        ops.magnitude_threshold(*arguments(torch.ones(4)), **keywords)
+
+
+def test_bad_operands_of_steps_and_masks_are_named():
+    steps = adam_steps(torch.float32, torch.float32)
+    with pytest.raises(ValueError, match=r"exp_avgs\[0\].*shape"):
+        ops.adam_threshold(replace(steps, exp_avgs=steps.exp_avgs[::-1]), 1)
+    with pytest.raises(ValueError, match="numbers must have the shape"):
+        ops.adam_threshold(replace(steps, numbers=steps.numbers[:, 1:]), 1)
+    with pytest.raises(TypeError, match=r"merges must be of torch\.int64"):
+        ops.adam_threshold(replace(steps, merges=steps.merges.float()), 1)
+    mask = random_mask(steps.grads)
+    with pytest.raises(ValueError, match="thresholds and cuts go together"):
+        ops.l1_sums(steps, replace(mask, cuts=mask.draws))
+    with pytest.raises(ValueError, match="limits must have the shape"):
+        ops.l1_sums(steps, replace(mask, limits=mask.limits[1:]))

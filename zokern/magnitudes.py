@@ -1,0 +1,311 @@
+"""Operations on the magnitudes of values: thresholds that keep the k largest, and L1 sums.
+
+The values are tensors, their differences from others, or the steps that Adam is about to take (see
+:mod:`zokern.merging`); each kind has its operators. As in :mod:`zokern.ops` the checks run inside
+the operators.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from zokern import backends
+from zokern.arguments import (
+    by_device,
+    check_flat,
+    integer,
+    integers,
+    pick,
+    signed,
+    tensor_list,
+    unsigned,
+)
+from zokern.checks import check_adam_numbers, check_adam_step, check_difference, check_table
+from zokern.merging import AdamSteps, Differences, L1Sums, Mask, Selection, Values
+from zokern.sweep import Shard
+
+Thresholds = tuple[Tensor, Tensor]
+
+
+def magnitude_threshold(
+    tensors: Iterable[Tensor],
+    k: int | Sequence[int],
+    *,
+    bases: Iterable[Tensor] | None = None,
+    joined: bool = False,
+    near: Tensor | None = None,
+) -> Thresholds:
+    """The thresholds that keep exactly the k elements of largest magnitude, without a sort.
+
+    With values v = x, or x - base in float32, the k-th largest |v| is the threshold t, and an
+    element of index i (in row-major order) is kept iff ::
+
+        |v[i]| > t    or    |v[i]| == t and i < cut
+
+    so that of equal magnitudes those of lower index are kept: min(k, numel) elements, the same on
+    every backend and device. The mask of a tensor ``x`` ::
+
+        (t,), (cut,) = magnitude_threshold([x], k)
+        index = torch.arange(x.numel(), device=x.device).view(x.shape)
+        mask = (x.float().abs() > t) | ((x.float().abs() == t) & (index < cut))
+
+    Args:
+        tensors: float32, bfloat16 or float16 tensors x, in any memory format.
+        k: how many to keep, 0 ≤ k, of all tensors alike or of each.
+        bases: a tensor (float32, bfloat16 or float16) of each x's shape.
+        joined: keep k elements in all, as if the tensors were one, in their order. They must be on
+            one device.
+        near: float32 thresholds that the new ones may be close to, for example those of the step
+            before: one for each tensor (if joined, the first counts), NaN where there is none. It
+            can save a pass over the tensors and never changes the result.
+
+    Returns:
+        ``thresholds`` (float32) and ``cuts`` (int64) of shape (len(tensors),), on the device of the
+        tensors (of the first one). Where k is 0 the threshold is NaN and the cut 0; where k is at
+        least the number of elements they are 0 and that number.
+
+    Raises:
+        TypeError, ValueError: for an argument out of range or a tensor whose values have NaN,
+            naming it.
+    """
+    tensors = tensor_list("tensors", tensors)
+    bases = None if bases is None else tensor_list("bases", bases)
+    return difference_threshold(Differences(tensors, bases), k, joined=joined, near=near)
+
+
+def difference_threshold(
+    values: Differences,
+    k: int | Sequence[int],
+    *,
+    joined: bool = False,
+    near: Tensor | None = None,
+) -> Thresholds:
+    """:func:`magnitude_threshold` of values that may be rounded to the dtype of the tensors."""
+    tensors, bases, rounded = values.tensors, values.bases, values.rounded
+    count = len(tensors)
+    if bases is not None:
+        check_flat(count, bases=(bases, 1))
+    counts = _counts(k, count, joined)
+    near = _near(near, count, joined)
+    groups = list(by_device(tensors).values())
+    if joined and len(groups) > 1:
+        raise ValueError("tensors that are joined must be on one device")
+    home = tensors[0].device if tensors else torch.device("cpu")
+    results = [torch.empty(count, dtype=dtype, device=home) for dtype in _RESULTS]
+    with torch.no_grad():
+        for members in groups:
+            found = torch.ops.zokern.magnitude_threshold(
+                pick(tensors, members),
+                [] if bases is None else pick(bases, members),
+                rounded,
+                counts if joined else pick(counts, members),
+                joined,
+                near if near is None or joined else near[members],
+            )
+            for result, own in zip(results, found, strict=True):
+                result[members] = own.to(home)
+    thresholds, cuts, largest = results
+    _check_no_nan(tensors, largest)
+    return thresholds, cuts
+
+
+def adam_threshold(steps: AdamSteps, k: int | Sequence[int], near: Tensor | None = None) -> tuple:
+    """:func:`magnitude_threshold` of Adam's steps Δ, all on one device; NaN counts as largest."""
+    count = len(steps.grads)
+    counts, near = _counts(k, count, False), _near(near, count, False)
+    with torch.no_grad():
+        return torch.ops.zokern.adam_threshold(*_flat_values(steps), counts, False, near)[:2]
+
+
+def l1_sums(values: Values, mask: Mask) -> Tensor:
+    """For each tensor Σ|v| over all its values, and over those that the mask keeps.
+
+    Accumulated so exactly that every backend gives the same sums.
+
+    Returns:
+        A float32 tensor of shape (number of tensors, 2) on the device of the values, which is one.
+    """
+    name = "adam_l1_sums" if isinstance(values, AdamSteps) else "magnitude_l1_sums"
+    with torch.no_grad():
+        return getattr(torch.ops.zokern, name)(
+            *_flat_values(values),
+            mask.thresholds,
+            mask.cuts,
+            mask.draws,
+            mask.limits,
+            [n for shard in mask.shards for n in shard],
+            mask.tensor_ids,
+            signed(mask.seed),
+        )
+
+
+def _counts(k: int | Sequence[int], count: int, joined: bool) -> list[int]:
+    wanted = 1 if joined else count
+    if not isinstance(k, Sequence):
+        return [integer("k", k, bits=63)] * wanted
+    if len(k) != wanted:
+        what = "tensors that are joined" if joined else f"{count} tensors"
+        raise ValueError(f"k must be one number or {wanted} for {what}; it has {len(k)}")
+    return integers("k", k, bits=63)
+
+
+def _near(near: Tensor | None, count: int, joined: bool) -> Tensor | None:
+    if near is None or count == 0:
+        return None
+    if not isinstance(near, Tensor):
+        raise TypeError(f"near must be a float32 tensor, not {type(near).__name__}")
+    if joined and tuple(near.shape) == (1,):
+        return near
+    check_table("near", near, torch.float32, (count,))
+    return near[:1] if joined else near
+
+
+def _check_no_nan(tensors: list[Tensor], largest: Tensor) -> None:
+    nan = largest.isnan()
+    if nan.any():
+        i = int(nan.nonzero()[0])
+        shape, dtype = tuple(tensors[i].shape), tensors[i].dtype
+        raise ValueError(f"tensors[{i}] (shape {shape}, {dtype}): its values have NaN")
+
+
+def _flat_values(values: Values) -> tuple:
+    """The first arguments of the kind's operators."""
+    if isinstance(values, Differences):
+        return values.tensors, values.bases or [], values.rounded
+    moments = values.exp_avgs, values.exp_avg_sqs, values.cached or []
+    return values.grads, *moments, values.numbers, values.merges
+
+
+def _differences(tensors: list[Tensor], bases: list[Tensor], rounded: bool) -> Differences:
+    if bases:
+        check_flat(len(tensors), bases=(bases, 1))
+    values = Differences(tensors, bases or None, rounded)
+    for i in range(len(tensors)):
+        check_difference(values, i)
+    return values
+
+
+def _adam_steps(
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    cached: list[Tensor],
+    numbers: Tensor,
+    merges: Tensor,
+) -> AdamSteps:
+    count = len(grads)
+    check_flat(count, exp_avgs=(exp_avgs, 1), exp_avg_sqs=(exp_avg_sqs, 1))
+    if cached:
+        check_flat(count, cached=(cached, 1))
+    steps = AdamSteps(grads, exp_avgs, exp_avg_sqs, cached or None, numbers, merges)
+    check_adam_numbers(steps)
+    for i in range(count):
+        check_adam_step(steps, i)
+    return steps
+
+
+def _selection(values: Values, k: list[int], joined: bool, near: Tensor | None) -> Selection:
+    count = 1 if joined else _length(values)
+    if len(k) != count:
+        raise ValueError(f"k must have {count} entries, not {len(k)}")
+    if near is not None:
+        check_table("near", near, torch.float32, (count,))
+    return Selection(values, integers("k", k, bits=63), joined, near)
+
+
+def _sums(
+    values: Values,
+    thresholds: Tensor | None,
+    cuts: Tensor | None,
+    draws: Tensor,
+    limits: Tensor,
+    shards: list[int],
+    tensor_ids: list[int],
+    seed: int,
+) -> L1Sums:
+    count = _length(values)
+    check_flat(count, shards=(shards, 3), tensor_ids=(tensor_ids, 1))
+    if (thresholds is None) != (cuts is None):
+        raise ValueError("thresholds and cuts go together")
+    if thresholds is not None and cuts is not None:
+        check_table("thresholds", thresholds, torch.float32, (count,))
+        check_table("cuts", cuts, torch.int64, (count,))
+    check_table("draws", draws, torch.int64, (count,))
+    check_table("limits", limits, torch.int64, (count,))
+    own = [Shard(*shards[3 * i : 3 * i + 3]) for i in range(count)]
+    ids = integers("tensor_ids", tensor_ids, bits=56)
+    return L1Sums(values, Mask(thresholds, cuts, draws, limits, own, ids, unsigned(seed)))
+
+
+def _tensors(values: Values) -> list[Tensor]:
+    return values.tensors if isinstance(values, Differences) else values.grads
+
+
+def _length(values: Values) -> int:
+    return len(_tensors(values))
+
+
+def _device(values: Values) -> torch.device:
+    tensors = _tensors(values)
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+# Of a selection: thresholds, cuts and, for the sake of NaN, the largest magnitudes.
+_RESULTS = (torch.float32, torch.int64, torch.float32)
+
+
+def _empty_results(selection: Selection) -> tuple[Tensor, ...]:
+    count, device = _length(selection.values), _device(selection.values)
+    return tuple(torch.empty(count, dtype=dtype, device=device) for dtype in _RESULTS)
+
+
+def _run_select(selection: Selection) -> tuple[Tensor, ...]:
+    if _length(selection.values) == 0:
+        return _empty_results(selection)
+    return backends.select(_device(selection.values)).select(selection)
+
+
+def _empty_sums(sums: L1Sums) -> Tensor:
+    return torch.empty(_length(sums.values), 2, device=_device(sums.values))
+
+
+def _run_l1_sums(sums: L1Sums) -> Tensor:
+    if _length(sums.values) == 0:
+        return _empty_sums(sums)
+    return backends.select(_device(sums.values)).l1_sums(sums)
+
+
+def _register(name: str, schema: str, read: Callable, run: Callable, fake: Callable) -> None:
+    torch.library.define(name, schema)
+    torch.library.impl(name, "CompositeExplicitAutograd")(lambda *args: run(read(*args)))
+    torch.library.register_fake(name)(lambda *args: fake(read(*args)))
+
+
+def _register_kind(kind: str, operands: str, read: Callable[..., Values]) -> None:
+    """The operators on values of a kind, of which the schema's first arguments are the operands."""
+    n = len(operands.split(","))
+    _register(
+        f"zokern::{kind}_threshold",
+        f"({operands}, int[] k, bool joined, Tensor? near) -> (Tensor, Tensor, Tensor)",
+        lambda *args: _selection(read(*args[:n]), *args[n:]),
+        _run_select,
+        _empty_results,
+    )
+    _register(
+        f"zokern::{kind}_l1_sums",
+        f"({operands}, Tensor? thresholds, Tensor? cuts, Tensor draws, Tensor limits, int[] shards,"
+        " int[] tensor_ids, int seed) -> Tensor",
+        lambda *args: _sums(read(*args[:n]), *args[n:]),
+        _run_l1_sums,
+        _empty_sums,
+    )
+
+
+_register_kind("magnitude", "Tensor[] tensors, Tensor[] bases, bool rounded", _differences)
+_register_kind(
+    "adam",
+    "Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] cached, Tensor numbers,"
+    " Tensor merges",
+    _adam_steps,
+)
