@@ -35,8 +35,8 @@ class DeltaMerge:
               count += weight where votes are weighted, else 1
                                                   # then total / count, or total where it is 0
         max   total = max(total, |p|)             # then s * total
-        sign  total = 1, 0 or -1, the sign of elected
         out = base + scale * total
+        sign  out = 1, 0 or -1, the sign of elected, without base and scale
 
     * where ``rounded`` says so. NaN votes with neither side and is passed on.
 

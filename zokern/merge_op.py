@@ -69,8 +69,8 @@ def merge_deltas(
         zero_up: whether a sum of 0 elects the positive sign.
         combine: ``sum`` of the weighted deltas, divided by ``divisor``; ``mean``, divided by the
             number of those that agree, or the sum of their weights where votes are weighted;
-            ``max``, the largest magnitude; or ``sign``, 1, 0 or -1 instead of a delta. All but
-            ``sum`` need votes.
+            ``max``, the largest magnitude; or ``sign``, the elected 1, 0 or -1 itself, without base
+            and scale. All but ``sum`` need votes.
         divisor, scale: numbers.
 
     Raises:

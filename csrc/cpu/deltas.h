@@ -169,9 +169,8 @@ void merge_block(const DeltaRules& rules, const DeltaTensor& tensor, const Delta
             load_delta(rules, tensor, sources[m], base.values, i, n, deltas[m].values);
         elect(rules, sources, deltas, n, sign.values);
         if (rules.combine == Combine::sign)
-            total = sign;
-        else
-            combine_elected(rules, sources, deltas, sign.values, n, total.values);
+            return store_dense(tensor.out, tensor.out_type, i, n, sign.values);
+        combine_elected(rules, sources, deltas, sign.values, n, total.values);
     }
     const float scale = rules.scale;
     for (int64_t j = 0; j < n; ++j) total.values[j] = scale * total.values[j];

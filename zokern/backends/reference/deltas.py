@@ -24,8 +24,10 @@ def _merge_tensor(merge: DeltaMerge, i: int) -> None:
     weighted = [
         _rounded(merge, m, i, number(merge.weights[m]) * delta) for m, delta in enumerate(deltas)
     ]
-    total = number(merge.scale) * _combined(merge, deltas, weighted, number)
-    if merge.bases is not None:
+    total = _combined(merge, deltas, weighted, number)
+    if merge.combine != "sign":
+        total = number(merge.scale) * total
+    if merge.combine != "sign" and merge.bases is not None:
         total = merge.bases[i].flatten().float() + total
     out.copy_(total.view(out.shape))
 
