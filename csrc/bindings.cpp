@@ -9,6 +9,9 @@
 
 namespace py = pybind11;
 
+// An opaque object, not a list.
+PYBIND11_MAKE_OPAQUE(std::vector<zokern::ValueTensor>)
+
 namespace zokern {
 namespace {
 
@@ -107,6 +110,66 @@ DeltaMerge make_merge(const std::vector<Dense>& outs, const std::vector<Dense>& 
     return merge;
 }
 
+// What values are computed from. Adam's are those of tensors with moments.
+using Values = std::vector<ValueTensor>;
+
+Values make_values(const std::vector<Dense>& tensors, const Ints& numels,
+                   const std::vector<Dense>& bases, bool rounded,
+                   const std::vector<Dense>& exp_avgs, const std::vector<Dense>& exp_avg_sqs,
+                   const Pointers& cached, uintptr_t numbers, uintptr_t merges) {
+    Values values;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        ValueTensor value{};
+        value.numel = numels.at(i);
+        if (exp_avgs.empty()) {
+            value.tensor = dense_tensor(tensors[i]);
+            if (!bases.empty()) value.base = dense_tensor(bases.at(i));
+            value.rounded = rounded && !bases.empty();
+        } else {
+            value.adam = {dense_tensor(tensors[i]),
+                          dense_tensor(exp_avgs[i]),
+                          dense_tensor(exp_avg_sqs.at(i)),
+                          cached.empty() ? nullptr : reinterpret_cast<const float*>(cached.at(i)),
+                          reinterpret_cast<const AdamNumbers*>(numbers) + i,
+                          reinterpret_cast<const int64_t*>(merges) + i};
+        }
+        values.push_back(value);
+    }
+    return values;
+}
+
+Thresholds make_thresholds(uintptr_t thresholds, uintptr_t cuts, uintptr_t largest) {
+    return {reinterpret_cast<float*>(thresholds), reinterpret_cast<int64_t*>(cuts),
+            reinterpret_cast<float*>(largest)};
+}
+
+// For each tensor a mask, at random where there are no thresholds.
+struct Masks {
+    std::vector<MaskTensor> masks;
+    uint64_t seed;
+};
+
+Masks make_masks(uintptr_t thresholds, uintptr_t cuts, uintptr_t draws, uintptr_t limits,
+                 const Ints& offsets, const Ints& row_lengths, const Ints& row_strides,
+                 const std::vector<uint64_t>& tensor_ids, uint64_t seed) {
+    Masks result{{}, seed};
+    for (size_t i = 0; i < tensor_ids.size(); ++i) {
+        MaskTensor mask{};
+        if (thresholds != 0) {
+            mask.threshold = reinterpret_cast<const float*>(thresholds) + i;
+            mask.cut = reinterpret_cast<const int64_t*>(cuts) + i;
+        }
+        mask.draw = reinterpret_cast<const int64_t*>(draws) + i;
+        mask.limit = reinterpret_cast<const int64_t*>(limits) + i;
+        mask.offset = offsets.at(i);
+        mask.row_length = row_lengths.at(i);
+        mask.row_stride = row_strides.at(i);
+        mask.tensor_id = tensor_ids[i];
+        result.masks.push_back(mask);
+    }
+    return result;
+}
+
 }  // namespace
 }  // namespace zokern
 
@@ -131,6 +194,25 @@ PYBIND11_MODULE(_C, m) {
              py::arg("ratios"), py::arg("thresholds"), py::arg("cuts"), py::arg("limits"),
              py::arg("draws"), py::arg("seed"), py::arg("rounded"), py::arg("votes"),
              py::arg("zero_up"), py::arg("combine"), py::arg("divisor"), py::arg("scale"));
+
+    py::class_<Values>(m, "Values")
+        .def(py::init(&make_values), py::kw_only(), py::arg("tensors"), py::arg("numels"),
+             py::arg("bases"), py::arg("rounded"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
+             py::arg("cached"), py::arg("numbers"), py::arg("merges"));
+    py::class_<Masks>(m, "Masks")
+        .def(py::init(&make_masks), py::kw_only(), py::arg("thresholds"), py::arg("cuts"),
+             py::arg("draws"), py::arg("limits"), py::arg("offsets"), py::arg("row_lengths"),
+             py::arg("row_strides"), py::arg("tensor_ids"), py::arg("seed"));
+    py::class_<Selection>(m, "Selection")
+        .def(py::init([](const Values& values, Ints k, bool joined, Floats near) {
+                 return Selection{values, std::move(k), joined, std::move(near)};
+             }),
+             py::kw_only(), py::arg("values"), py::arg("k"), py::arg("joined"), py::arg("near"));
+    py::class_<L1Sums>(m, "L1Sums")
+        .def(py::init([](const Values& values, const Masks& masks) {
+                 return L1Sums{values, masks.masks, masks.seed};
+             }),
+             py::kw_only(), py::arg("values"), py::arg("masks"));
 
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
     m.def("cpu_capabilities", &cpu_capabilities);
@@ -158,6 +240,19 @@ PYBIND11_MODULE(_C, m) {
         no_gil);
 
     m.def("cpu_merge_deltas", &cpu_merge_deltas, no_gil);
+    m.def(
+        "cpu_select",
+        [](const Selection& selection, uintptr_t thresholds, uintptr_t cuts, uintptr_t largest,
+           const std::string& capability, int threads) {
+            cpu_select(selection, make_thresholds(thresholds, cuts, largest), capability, threads);
+        },
+        no_gil);
+    m.def(
+        "cpu_l1_sums",
+        [](const L1Sums& sums, uintptr_t out, const std::string& capability, int threads) {
+            cpu_l1_sums(sums, reinterpret_cast<float*>(out), capability, threads);
+        },
+        no_gil);
 
     m.def("host_grid_sweep", &host_grid_sweep, no_gil);
     m.def(

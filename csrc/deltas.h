@@ -51,12 +51,6 @@ struct DeltaMerge {
     DeltaRules rules;
 };
 
-// Of magnitudes, compared as integers.
-ZK_FN bool is_kept(float delta, uint32_t threshold, bool before_cut) {
-    const uint32_t magnitude = float_bits(delta) & 0x7FFFFFFFu;
-    return magnitude > threshold || (magnitude == threshold && before_cut);
-}
-
 ZK_FN float sign_or_zero(float x) { return float(x > 0.0f) - float(x < 0.0f); }
 
 // +1 where the elected sign is positive, else -1.

@@ -23,6 +23,11 @@ ZK_FN void add(ExactSum& sum, const ExactSum& other) {
     sum.low += other.low;
 }
 
+// An infinite sum has no rounding errors that mean anything.
+ZK_FN double total(const ExactSum& sum) {
+    return sum.low == sum.low ? sum.high + sum.low : sum.high;
+}
+
 // v·v, v·z and z·z.
 struct ExactProducts {
     ExactSum vv, vz, zz;

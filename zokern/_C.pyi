@@ -49,6 +49,44 @@ class Products:
         draw: int,
     ) -> None: ...
 
+class Values:
+    def __init__(
+        self,
+        *,
+        tensors: list[_Dense],
+        numels: list[int],
+        bases: list[_Dense],
+        rounded: bool,
+        exp_avgs: list[_Dense],
+        exp_avg_sqs: list[_Dense],
+        cached: list[int],
+        numbers: int,
+        merges: int,
+    ) -> None: ...
+
+class Masks:
+    def __init__(
+        self,
+        *,
+        thresholds: int,
+        cuts: int,
+        draws: int,
+        limits: int,
+        offsets: list[int],
+        row_lengths: list[int],
+        row_strides: list[int],
+        tensor_ids: list[int],
+        seed: int,
+    ) -> None: ...
+
+class Selection:
+    def __init__(
+        self, *, values: Values, k: Sequence[int], joined: bool, near: list[float]
+    ) -> None: ...
+
+class L1Sums:
+    def __init__(self, *, values: Values, masks: Masks) -> None: ...
+
 class DeltaMerge:
     def __init__(
         self,
@@ -89,6 +127,16 @@ def cpu_sample(
     /,
 ) -> None: ...
 def cpu_values(law: int, words: int, groups: int, out: int, capability: str, /) -> None: ...
+def cpu_select(
+    selection: Selection,
+    thresholds: int,
+    cuts: int,
+    largest: int,
+    capability: str,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_l1_sums(sums: L1Sums, out: int, capability: str, threads: int, /) -> None: ...
 def cpu_merge_deltas(merge: DeltaMerge, capability: str, threads: int, /) -> None: ...
 
 # The bodies of the CUDA kernels, run on the host over a simulated grid.

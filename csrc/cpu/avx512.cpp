@@ -5,9 +5,14 @@
 //
 #include "driver.h"
 //
+#include "simd_filter.h"
+//
+#include "select_kernels.h"
+//
 #include "deltas.h"
 
 namespace zokern {
-const CpuKernels kAvx512Kernels = {Simd::kName, sweep, products, sample, values, merge_deltas};
+const CpuKernels kAvx512Kernels = {Simd::kName, sweep,        products,   sample,  values,
+                                   histogram,   count_equals, find_equal, l1_sums, merge_deltas};
 }  // namespace zokern
 #endif

@@ -1,20 +1,13 @@
 #include "cpu.h"
 
-#include <algorithm>
 #include <mutex>
 #include <stdexcept>
 
 #include "kernels.h"
-#include "threads.h"
+#include "ranges.h"
 
 namespace zokern {
 namespace {
-
-// Below this many elements a thread is not worth waking.
-constexpr int64_t kElementsPerThread = 1 << 14;
-// Threads divide the elements at multiples of this, whole groups of every law and cache lines of
-// every dtype.
-constexpr int64_t kGrain = 1 << 10;
 
 std::vector<const CpuKernels*> available_kernels() {
     std::vector<const CpuKernels*> kernels = {&kPortableKernels};
@@ -33,6 +26,8 @@ std::vector<const CpuKernels*> available_kernels() {
     return kernels;
 }
 
+}  // namespace
+
 const CpuKernels& kernels_named(const std::string& capability) {
     static const std::vector<const CpuKernels*> available = available_kernels();
     for (const CpuKernels* kernels : available) {
@@ -40,37 +35,6 @@ const CpuKernels& kernels_named(const std::string& capability) {
     }
     throw std::invalid_argument("this processor has no " + capability + " kernels");
 }
-
-// Calls work(begin, end) for ranges that together cover [0, count), one contiguous range a thread.
-void over_ranges(int64_t count, int threads,
-                 const std::function<void(int64_t begin, int64_t end)>& work) {
-    const int64_t useful = (count + kElementsPerThread - 1) / kElementsPerThread;
-    const int n = int(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
-    const int64_t share = (count / n + kGrain) / kGrain * kGrain;
-    run_on_threads(n, [&](int i) {
-        const int64_t begin = std::min(count, i * share);
-        const int64_t end = i == n - 1 ? count : std::min(count, begin + share);
-        if (begin < end) work(begin, end);
-    });
-}
-
-// Calls work(i, begin, end) for ranges of elements of tensors that together cover all of them.
-template <class Tensor>
-void over_tensors(const std::vector<Tensor>& tensors, int threads,
-                  const std::function<void(size_t i, int64_t begin, int64_t end)>& work) {
-    std::vector<int64_t> starts = {0};
-    for (const Tensor& tensor : tensors) starts.push_back(starts.back() + tensor.numel);
-    over_ranges(starts.back(), threads, [&](int64_t begin, int64_t end) {
-        const auto after = std::upper_bound(starts.begin(), starts.end(), begin);
-        for (size_t i = size_t(after - starts.begin()) - 1; begin < end; ++i) {
-            const int64_t stop = std::min(end, starts[i + 1]);
-            if (begin < stop) work(i, begin - starts[i], stop - starts[i]);
-            begin = stop;
-        }
-    });
-}
-
-}  // namespace
 
 std::vector<std::string> cpu_capabilities() {
     std::vector<std::string> names;

@@ -6,14 +6,19 @@
 #include <vector>
 
 #include "../deltas.h"
+#include "../magnitudes.h"
 #include "../sweep.h"
 
 namespace zokern {
+
+struct CpuKernels;
 
 // Those that this processor has, the best one last.
 std::vector<std::string> cpu_capabilities();
 
 // `capability` is one of cpu_capabilities(), or a std::invalid_argument says so.
+const CpuKernels& kernels_named(const std::string& capability);
+
 void cpu_sweep(const Sweep& sweep, const std::string& capability, int threads);
 
 // Three sums for each tensor: v·v, v·z and z·z.
@@ -29,5 +34,10 @@ void cpu_values(Law law, const uint32_t* words, int64_t groups, void* out,
                 const std::string& capability);
 
 void cpu_merge_deltas(const DeltaMerge& merge, const std::string& capability, int threads);
+void cpu_select(const Selection& selection, const Thresholds& out, const std::string& capability,
+                int threads);
+
+// Two sums for each tensor: of all magnitudes, and of those that the mask keeps.
+void cpu_l1_sums(const L1Sums& sums, float* out, const std::string& capability, int threads);
 
 }  // namespace zokern

@@ -1,9 +1,8 @@
-// Merges models over a base, through blocks whose deltas stay in the cache. Included behind
-// driver.h, of whose blocks, words and storages it makes use.
+// Merges models over a base, through blocks whose deltas stay in the cache.
 #pragma once
 
 #include "../deltas.h"
-#include "kernels.h"
+#include "values.h"
 
 namespace zokern {
 namespace {
@@ -28,62 +27,40 @@ void store_dense(void* out, Storage type, int64_t i, int64_t n, const float* val
     }
 }
 
-// The n values as they are once they have been kept in that type.
-void round_to(Storage type, int64_t n, float* values) {
-    if (type == Storage::fp32) return;
-    uint16_t kept[kDeltaBlock];
-    store_dense(kept, type, 0, n, values);
-    load_dense({kept, type}, 0, n, values);
-}
-
-void keep_largest(const DeltaSource& source, int64_t i, int64_t n, float* delta) {
-    const uint32_t threshold = float_bits(*source.threshold) & 0x7FFFFFFFu;
-    const int64_t left = *source.cut - i;
-    const int64_t before_cut = left < 0 ? 0 : left < n ? left : n;
-    for (int64_t j = 0; j < before_cut; ++j)
-        delta[j] = is_kept(delta[j], threshold, true) ? delta[j] : 0.0f;
-    for (int64_t j = before_cut; j < n; ++j)
-        delta[j] = is_kept(delta[j], threshold, false) ? delta[j] : 0.0f;
-}
-
-void keep_at_random(const DeltaRules& rules, const DeltaTensor& tensor, const DeltaSource& source,
-                    int64_t i, int64_t n, float* delta) {
-    // Whole groups of four words, 16 of them at a time.
-    uint32_t buffer[kDeltaBlock + 64];
-    const Stream stream = make_stream(rules.seed, tensor.tensor_id, source.draw, Law::uniform32);
-    const int64_t lead = i % 4;
-    store_words(stream, uint32_t(i / 4), (lead + n + 63) / 64 * 16, buffer);
-    const uint32_t* words = buffer + lead;
-    const uint32_t limit = uint32_t(source.limit);
-    for (int64_t j = 0; j < n; ++j) delta[j] = words[j] < limit ? delta[j] : 0.0f;
-}
-
-// A model's masked delta, times its ratio.
+// A model's masked delta, times its ratio. Each step has a row of its own to write to: loops whose
+// rows may be one are not made vectors of.
 void load_delta(const DeltaRules& rules, const DeltaTensor& tensor, const DeltaSource& source,
                 const float* base, int64_t i, int64_t n, float* delta) {
+    DeltaRow loaded, difference;
     const Storage type = rules.rounded ? source.tensor.type : Storage::fp32;
-    load_dense(source.tensor, i, n, delta);
-    if (tensor.base.data != nullptr) {
-        for (int64_t j = 0; j < n; ++j) delta[j] = delta[j] - base[j];
-        round_to(type, n, delta);
+    const float* values = floats_of(source.tensor, i, n, loaded.values);
+    if (base != nullptr) {
+        for (int64_t j = 0; j < n; ++j) difference.values[j] = values[j] - base[j];
+        round_to(type, difference.values, n);
+        values = difference.values;
     }
-    if (source.threshold != nullptr) {
-        keep_largest(source, i, n, delta);
-    } else if (source.limit >> 32 == 0) {
-        keep_at_random(rules, tensor, source, i, n, delta);
-    }
-    if (source.ratio != nullptr && *source.ratio != 1.0f) {
-        const float ratio = *source.ratio;
+    const float ratio = source.ratio == nullptr ? 1.0f : *source.ratio;
+    const int64_t draw = source.draw, limit = int64_t(source.limit);
+    if (source.threshold == nullptr && limit >> 32 != 0) {
+        for (int64_t j = 0; j < n; ++j) delta[j] = ratio * values[j];
+    } else {
+        MaskTensor mask{};
+        mask.threshold = source.threshold;
+        mask.cut = source.cut;
+        mask.draw = &draw;
+        mask.limit = &limit;
+        mask.tensor_id = tensor.tensor_id;
+        keep(mask, rules.seed, i, n, i, values, delta);
         for (int64_t j = 0; j < n; ++j) delta[j] = ratio * delta[j];
-        round_to(type, n, delta);
     }
+    if (ratio != 1.0f) round_to(type, delta, n);
 }
 
 // p of a model's delta.
 void weigh(const DeltaRules& rules, const DeltaSource& source, const float* delta, int64_t n,
            float* p) {
     for (int64_t j = 0; j < n; ++j) p[j] = source.weight * delta[j];
-    if (rules.rounded) round_to(source.tensor.type, n, p);
+    if (rules.rounded) round_to(source.tensor.type, p, n);
 }
 
 // The elected sign of each element: +1 or -1, or for Combine::sign also 0.
@@ -155,18 +132,19 @@ void add_all(const DeltaRules& rules, const DeltaSource& source, const float* de
 
 void merge_block(const DeltaRules& rules, const DeltaTensor& tensor, const DeltaSource* sources,
                  DeltaRow* deltas, int64_t i, int64_t n) {
-    DeltaRow base, total, sign;
-    if (tensor.base.data != nullptr) load_dense(tensor.base, i, n, base.values);
+    DeltaRow bases, total, sign;
+    const float* base =
+        tensor.base.data == nullptr ? nullptr : floats_of(tensor.base, i, n, bases.values);
     if (rules.votes == Votes::none) {
         for (int64_t j = 0; j < n; ++j) total.values[j] = 0.0f;
         for (int m = 0; m < rules.models; ++m) {
-            load_delta(rules, tensor, sources[m], base.values, i, n, deltas->values);
+            load_delta(rules, tensor, sources[m], base, i, n, deltas->values);
             add_all(rules, sources[m], deltas->values, n, total.values);
         }
         for (int64_t j = 0; j < n; ++j) total.values[j] = total.values[j] / rules.divisor;
     } else {
         for (int m = 0; m < rules.models; ++m)
-            load_delta(rules, tensor, sources[m], base.values, i, n, deltas[m].values);
+            load_delta(rules, tensor, sources[m], base, i, n, deltas[m].values);
         elect(rules, sources, deltas, n, sign.values);
         if (rules.combine == Combine::sign)
             return store_dense(tensor.out, tensor.out_type, i, n, sign.values);
@@ -174,8 +152,8 @@ void merge_block(const DeltaRules& rules, const DeltaTensor& tensor, const Delta
     }
     const float scale = rules.scale;
     for (int64_t j = 0; j < n; ++j) total.values[j] = scale * total.values[j];
-    if (tensor.base.data != nullptr) {
-        for (int64_t j = 0; j < n; ++j) total.values[j] = base.values[j] + total.values[j];
+    if (base != nullptr) {
+        for (int64_t j = 0; j < n; ++j) total.values[j] = base[j] + total.values[j];
     }
     store_dense(tensor.out, tensor.out_type, i, n, total.values);
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../deltas.h"
+#include "../magnitudes.h"
 #include "../sums.h"
 #include "../sweep.h"
 
@@ -23,6 +24,15 @@ struct Directions {
     bool sign, plain;
 };
 
+// Counters of each bin of a histogram.
+constexpr int kCopies = 4;
+
+// What a histogram says besides its counts.
+struct Tally {
+    int64_t above;     // how many magnitudes are above the bracket
+    uint32_t largest;  // magnitude
+};
+
 struct CpuKernels {
     const char* name;
     // Moves elements [begin, end) of one tensor.
@@ -34,6 +44,16 @@ struct CpuKernels {
     void (*sample)(Law, const Stream&, int64_t begin, int64_t end, void* out);
     // The values of given groups of four words; a multiple of 16 groups; types as for sample.
     void (*values)(Law, const uint32_t* words, int64_t groups, void* out);
+    // Adds elements [begin, end), at most 2^31, to the counts, kCopies for each bin, and the tally.
+    void (*histogram)(const ValueTensor&, int64_t begin, int64_t end, const Bracket&,
+                      uint32_t* counts, Tally&);
+    // How many of elements [begin, end) are of a magnitude, and which is number `rank` of them.
+    int64_t (*count_equals)(const ValueTensor&, int64_t begin, int64_t end, uint32_t magnitude);
+    int64_t (*find_equal)(const ValueTensor&, int64_t begin, int64_t end, uint32_t magnitude,
+                          int64_t rank);
+    // Adds the magnitudes of elements [begin, end), and of those that the mask keeps.
+    void (*l1_sums)(const ValueTensor&, const MaskTensor&, uint64_t seed, int64_t begin,
+                    int64_t end, ExactSum& all, ExactSum& kept);
     // Merges elements [begin, end) of a tensor.
     void (*merge_deltas)(const DeltaRules&, const DeltaTensor&, const DeltaSource* sources,
                          int64_t begin, int64_t end);

@@ -78,9 +78,34 @@ void store_block(const SweepTensor& tensor, int64_t i, int64_t n, const float* t
 }  // namespace zokern
 
 #include "driver.h"
+
+namespace zokern {
+namespace {
+
+constexpr int64_t kFiltered = 1;
+
+int64_t filter(const float* values, int64_t n, const Bracket& bracket, uint32_t* bins,
+               Tally& tally) {
+    int64_t count = 0, below = 0;
+    for (int64_t j = 0; j < n; ++j) {
+        const uint32_t m = magnitude(values[j]), place = m - bracket.low;
+        tally.largest = m > tally.largest ? m : tally.largest;
+        below += m < bracket.low;
+        bins[count] = place >> bracket.shift;
+        count += place < bracket.width;
+    }
+    tally.above += n - below - count;
+    return count;
+}
+
+}  // namespace
+}  // namespace zokern
+
+#include "select_kernels.h"
 //
 #include "deltas.h"
 
 namespace zokern {
-const CpuKernels kPortableKernels = {"portable", sweep, products, sample, values, merge_deltas};
+const CpuKernels kPortableKernels = {"portable", sweep,        products,   sample,  values,
+                                     histogram,  count_equals, find_equal, l1_sums, merge_deltas};
 }  // namespace zokern

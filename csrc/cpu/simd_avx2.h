@@ -68,6 +68,26 @@ struct Simd {
     }
     static I select(Mask m, I yes, I no) { return _mm256_blendv_epi8(no, yes, m); }
 
+    static Mask less_signed(I a, I b) { return _mm256_cmpgt_epi32(b, a); }
+    static uint32_t bits(Mask m) { return uint32_t(_mm256_movemask_ps(as_float(m))); }
+    static int count(Mask m) { return __builtin_popcount(bits(m)); }
+    static I max_signed(I a, I b) { return _mm256_max_epi32(a, b); }
+    static I shr_all(I a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+
+    // The lanes of the mask side by side at p, where there is room for all; how many they are.
+    static int compress(uint32_t* p, Mask m, I x) {
+        uint32_t set = bits(m);
+        if (set == 0xFFu) {
+            store_i(p, x);
+            return kWidth;
+        }
+        uint32_t lanes[kWidth];
+        if (set != 0) store_i(lanes, x);
+        int n = 0;
+        for (; set != 0; set &= set - 1) p[n++] = lanes[__builtin_ctz(set)];
+        return n;
+    }
+
     // Eight bits of `bits` as lanes of sign bits.
     static I sign_bits(const unsigned char* bits) {
         const I shifts = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);

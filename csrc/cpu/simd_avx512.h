@@ -55,6 +55,17 @@ struct Simd {
     static Mask nonzero(I a) { return _mm512_test_epi32_mask(a, a); }
     static I select(Mask m, I yes, I no) { return _mm512_mask_blend_epi32(m, no, yes); }
 
+    static Mask less_signed(I a, I b) { return _mm512_cmplt_epi32_mask(a, b); }
+    static int count(Mask m) { return __builtin_popcount(m); }
+    static I max_signed(I a, I b) { return _mm512_max_epi32(a, b); }
+    static I shr_all(I a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+
+    // The lanes of the mask side by side at p, where there is room for all; how many they are.
+    static int compress(uint32_t* p, Mask m, I x) {
+        store_i(p, _mm512_maskz_compress_epi32(m, x));
+        return count(m);
+    }
+
     // Sixteen bits of `bits` as lanes of sign bits.
     static I sign_bits(const unsigned char* bits) {
         uint16_t m;

@@ -1,0 +1,248 @@
+// The search for the k-th largest magnitude: passes over the values, each of which counts how many
+// fall into each bin of a bracket and so narrows the interval that it lies in.
+#include <atomic>
+#include <mutex>
+
+#include "cpu.h"
+#include "kernels.h"
+#include "ranges.h"
+
+namespace zokern {
+namespace {
+
+// Counters may take a byte for each of a thread's elements: kCopies of 4 bytes, and one of 8.
+constexpr int64_t kBytesPerBin = 24;
+constexpr int64_t kMinBins = 256, kMaxBins = 1 << 16;
+// How many magnitudes, about 1.6 % of its value, lie in the bracket around a near threshold.
+constexpr uint32_t kNearWidth = 1 << 17;
+// The counters have 32 bits.
+constexpr int64_t kElementsAtOnce = 1 << 30;
+constexpr int64_t kChunk = 1 << 16;
+// Tensors of fewer elements are searched by one thread each.
+constexpr int64_t kShared = 1 << 17;
+
+struct Answer {
+    uint32_t threshold;
+    int64_t cut;
+};
+
+struct Found {
+    uint32_t magnitude;
+    int64_t above, equals;
+};
+
+struct Pass {
+    std::vector<int64_t> counts;
+    int64_t above;
+};
+
+// One tensor, or all as if they were joined.
+class Search {
+  public:
+    Search(const CpuKernels& kernels, std::vector<ValueTensor> tensors, int threads)
+        : kernels_(kernels),
+          tensors_(std::move(tensors)),
+          joined_(tensors_),
+          threads_(threads),
+          largest_(tensors_.size()) {
+        for (const ValueTensor& tensor : tensors_) {
+            zero_bits_ = std::min(zero_bits_, zero_bits(tensor));
+            halves_ = halves_ && zero_bits(tensor) == 13;
+        }
+        const int64_t bins = joined_.total() / threads_ / kBytesPerBin;
+        max_bins_ = std::max(kMinBins, bins);
+    }
+
+    Answer run(int64_t k, float near) {
+        if (k == 0 || k >= joined_.total()) {
+            count({0, 0, 0});  // for the largest
+            return k == 0 ? Answer{kKeepsNothing, 0} : Answer{0, joined_.total()};
+        }
+        const Found found = find(k, near);
+        const int64_t kept = k - found.above;
+        return {found.magnitude, kept == found.equals ? joined_.total() : cut(found, kept)};
+    }
+
+    int64_t start(size_t i) const { return joined_.start(i); }
+    uint32_t largest(size_t i) const { return largest_[i]; }
+
+  private:
+    // What magnitudes in [low, low + width) are counted in: as many bins as there may be.
+    Bracket bracket(uint32_t low, uint32_t width) const {
+        Bracket b = {low, width, zero_bits_};
+        while (bins_of(b) > std::min(max_bins_, kMaxBins)) ++b.shift;
+        return b;
+    }
+
+    Bracket first_bracket(float near) const {
+        const uint32_t m = magnitude(near);
+        if (zero_bits_ == 0 && m <= 0x7F800000u) {
+            const uint32_t low = m > kNearWidth / 2 ? m - kNearWidth / 2 : 0;
+            Bracket b = {low, kNearWidth, 0};
+            while (bins_of(b) > max_bins_) ++b.shift;
+            return b;
+        }
+        return halves_ ? bracket(kHalfLow, kHalfHigh - kHalfLow) : bracket(0, 1u << 31);
+    }
+
+    Found find(int64_t k, float near) {
+        uint32_t low = 0, width = 1u << 31;
+        Bracket b = first_bracket(near);
+        while (true) {
+            const Pass pass = count(b);
+            int64_t above = pass.above;
+            int64_t bin = int64_t(pass.counts.size()) - 1;
+            while (bin >= 0 && above + pass.counts[size_t(bin)] < k) {
+                above += pass.counts[size_t(bin)];
+                --bin;
+            }
+            if (k <= pass.above) {
+                width -= b.low + b.width - low;
+                low = b.low + b.width;
+            } else if (bin < 0) {
+                width = b.low - low;
+            } else {
+                low = b.low + (uint32_t(bin) << b.shift);
+                width = 1u << b.shift;
+                if (b.shift <= zero_bits_) return {low, above, pass.counts[size_t(bin)]};
+            }
+            b = bracket(low, width);
+        }
+    }
+
+    Pass count(const Bracket& b) {
+        Pass pass = {std::vector<int64_t>(bins_of(b)), 0};
+        std::mutex adding;
+        over_ranges(joined_.total(), threads_, [&](int64_t begin, int64_t end) {
+            for (; begin < end; begin += kElementsAtOnce)
+                count_part(b, begin, std::min(end, begin + kElementsAtOnce), pass, adding);
+        });
+        return pass;
+    }
+
+    void count_part(const Bracket& b, int64_t begin, int64_t end, Pass& pass, std::mutex& adding) {
+        std::vector<uint32_t> counts(pass.counts.size() * kCopies);
+        joined_.over_parts(begin, end, [&](size_t i, int64_t own_begin, int64_t own_end) {
+            Tally tally{};
+            kernels_.histogram(tensors_[i], own_begin, own_end, b, counts.data(), tally);
+            const std::lock_guard<std::mutex> lock(adding);
+            pass.above += tally.above;
+            largest_[i] = std::max(largest_[i], tally.largest);
+        });
+        const std::lock_guard<std::mutex> lock(adding);
+        for (size_t bin = 0; bin < pass.counts.size(); ++bin) {
+            for (int copy = 0; copy < kCopies; ++copy)
+                pass.counts[bin] += counts[kCopies * bin + size_t(copy)];
+        }
+    }
+
+    // The place after the last of the equals that are kept, 0 < kept < found.equals.
+    int64_t cut(const Found& found, int64_t kept) const {
+        std::vector<int64_t> equals(size_t((joined_.total() + kChunk - 1) / kChunk));
+        std::mutex adding;
+        over_ranges(joined_.total(), threads_, [&](int64_t begin, int64_t end) {
+            for (int64_t next; begin < end; begin = next) {
+                next = std::min(end, (begin / kChunk + 1) * kChunk);
+                joined_.over_parts(begin, next, [&](size_t i, int64_t first, int64_t last) {
+                    const int64_t own =
+                        kernels_.count_equals(tensors_[i], first, last, found.magnitude);
+                    const std::lock_guard<std::mutex> lock(adding);
+                    equals[size_t(begin / kChunk)] += own;
+                });
+            }
+        });
+        size_t chunk = 0;
+        for (; equals[chunk] < kept; ++chunk) kept -= equals[chunk];
+        return cut_in_chunk(int64_t(chunk) * kChunk, found.magnitude, kept);
+    }
+
+    int64_t cut_in_chunk(int64_t begin, uint32_t magnitude, int64_t kept) const {
+        int64_t place = 0;
+        const int64_t end = std::min(joined_.total(), begin + kChunk);
+        joined_.over_parts(begin, end, [&](size_t i, int64_t first, int64_t last) {
+            if (kept <= 0) return;
+            const int64_t at = kernels_.find_equal(tensors_[i], first, last, magnitude, kept - 1);
+            if (at < last) {
+                place = joined_.start(i) + at + 1;
+                kept = 0;
+            } else {
+                kept -= kernels_.count_equals(tensors_[i], first, last, magnitude);
+            }
+        });
+        return place;
+    }
+
+    const CpuKernels& kernels_;
+    const std::vector<ValueTensor> tensors_;
+    const Joined joined_;
+    const int threads_;
+    std::vector<uint32_t> largest_;
+    int zero_bits_ = 16;
+    bool halves_ = true;
+    int64_t max_bins_;
+};
+
+float near_of(const Selection& selection, size_t group) {
+    return selection.near.empty() ? bits_float(kKeepsNothing) : selection.near[group];
+}
+
+void select_joined(const Selection& selection, const Thresholds& out, const CpuKernels& kernels,
+                   int threads) {
+    Search search(kernels, selection.tensors, threads);
+    const Answer answer = search.run(selection.k.at(0), near_of(selection, 0));
+    for (size_t i = 0; i < selection.tensors.size(); ++i) {
+        const int64_t cut = std::max<int64_t>(0, answer.cut - search.start(i));
+        out.thresholds[i] = bits_float(answer.threshold);
+        out.cuts[i] = std::min(cut, selection.tensors[i].numel);
+        out.largest[i] = bits_float(search.largest(i));
+    }
+}
+
+void select_one(const Selection& selection, size_t i, const Thresholds& out,
+                const CpuKernels& kernels, int threads) {
+    Search search(kernels, {selection.tensors[i]}, threads);
+    const Answer answer = search.run(selection.k.at(i), near_of(selection, i));
+    out.thresholds[i] = bits_float(answer.threshold);
+    out.cuts[i] = answer.cut;
+    out.largest[i] = bits_float(search.largest(0));
+}
+
+}  // namespace
+
+void cpu_select(const Selection& selection, const Thresholds& out, const std::string& capability,
+                int threads) {
+    const CpuKernels& kernels = kernels_named(capability);
+    if (selection.joined) return select_joined(selection, out, kernels, threads);
+    std::vector<size_t> small;
+    int64_t elements = 0;
+    for (size_t i = 0; i < selection.tensors.size(); ++i) {
+        if (selection.tensors[i].numel < kShared) {
+            small.push_back(i);
+            elements += selection.tensors[i].numel;
+        } else {
+            select_one(selection, i, out, kernels, threads);
+        }
+    }
+    const int useful = int(std::min<int64_t>(threads, elements / kElementsPerThread + 1));
+    std::atomic<size_t> next{0};
+    run_on_threads(useful, [&](int) {
+        for (size_t turn; (turn = next++) < small.size();)
+            select_one(selection, small[turn], out, kernels, 1);
+    });
+}
+
+void cpu_l1_sums(const L1Sums& sums, float* out, const std::string& capability, int threads) {
+    const CpuKernels& kernels = kernels_named(capability);
+    std::vector<ExactSum> totals(2 * sums.tensors.size());
+    std::mutex adding;
+    over_tensors(sums.tensors, threads, [&](size_t i, int64_t begin, int64_t end) {
+        ExactSum all{}, kept{};
+        kernels.l1_sums(sums.tensors[i], sums.masks[i], sums.seed, begin, end, all, kept);
+        const std::lock_guard<std::mutex> lock(adding);
+        add(totals[2 * i], all);
+        add(totals[2 * i + 1], kept);
+    });
+    for (size_t i = 0; i < totals.size(); ++i) out[i] = float(total(totals[i]));
+}
+
+}  // namespace zokern

@@ -1,0 +1,18 @@
+"""Sums of magnitudes, by the native core."""
+
+import torch
+from torch import Tensor
+
+import zokern._C as _C
+from zokern.backends.native.capability import cpu_capability
+from zokern.backends.native.values import pack_masks, pack_values
+from zokern.merging import L1Sums
+
+
+def l1_sums(sums: L1Sums) -> Tensor:
+    packed = pack_values(sums.values)
+    masks = pack_masks(sums.mask, packed.device)
+    native = _C.L1Sums(values=packed.values, masks=masks.masks)
+    out = torch.empty(packed.count, 2, device=packed.device, dtype=torch.float32)
+    _C.cpu_l1_sums(native, out.data_ptr(), cpu_capability(), torch.get_num_threads())
+    return out
