@@ -40,7 +40,8 @@ def run(
     where = None if device is None else torch.empty(0, device=device).device
     _check_place(out, [*models, *([] if base is None else [base])])
     read_models = [read(f"models[{m}]", model) for m, model in enumerate(models)]
-    entries = aligned(read_models, None if base is None else read("base", base))
+    target = read_models[0] if base is None else read("base", base)
+    entries = aligned(read_models, None if base is None else target)
     merged = [entry for entry in entries if entry.is_merged]
     copies = [entry for entry in entries if not entry.is_merged]
     _warn_of_copies(copies)
@@ -64,7 +65,8 @@ def run(
             advance(sum(batch.numels))
         if out is not None:
             return {}
-        return {name: tensors[entry.names[0]] for entry in entries for name in entry.names}
+        results = {name: tensors[entry.names[0]] for entry in entries for name in entry.names}
+        return {name: results[name] for name in target}
 
 
 def _check_place(out: str | os.PathLike | None, inputs: list[Model]) -> None:
