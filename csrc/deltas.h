@@ -59,7 +59,7 @@ ZK_FN float elected_sign(float elected, bool zero_up) {
 }
 
 // `side` is above 0 for a vote that agrees with the elected sign and below 0 for its opposite.
-ZK_FN float add_agreeing(float total, float side, float p) {
+ZK_FN float total_agreeing(float total, float side, float p) {
     return total + (side < 0.0f ? 0.0f : p);
 }
 

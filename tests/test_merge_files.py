@@ -225,13 +225,9 @@ def test_a_merge_that_is_stopped_leaves_no_half_output(tmp_path, number, folder)
     if not folder:
         out.write_bytes(b"as it was")
     before = sorted(tmp_path.iterdir())
+    arguments = f"merge linear {model} --base {base_path} --out {out}".split()
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            SLOW,
-            *f"merge linear {model} --base {base_path} --out {out}".split(),
-        ],
+        [sys.executable, "-c", SLOW, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

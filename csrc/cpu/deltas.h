@@ -1,4 +1,7 @@
 // Merges models over a base, through blocks whose deltas stay in the cache.
+//
+// Loops take what they need from structs beforehand, and write to rows of their own: only then do
+// compilers make vectors of them.
 #pragma once
 
 #include "../deltas.h"
@@ -7,10 +10,16 @@
 namespace zokern {
 namespace {
 
-constexpr int64_t kDeltaBlock = 1024;
+constexpr int64_t kDeltaBlock = 512;
 
 struct alignas(64) DeltaRow {
     float values[kDeltaBlock];
+};
+
+// A block of a model: its vote is vote_factor · vote, what it adds p_factor · p.
+struct Ballot {
+    const float *vote, *p;
+    float vote_factor, p_factor;
 };
 
 // Elements [i, i + n) of an output.
@@ -27,23 +36,26 @@ void store_dense(void* out, Storage type, int64_t i, int64_t n, const float* val
     }
 }
 
-// A model's masked delta, times its ratio. Each step has a row of its own to write to: loops whose
-// rows may be one are not made vectors of.
+// A model's masked delta, times its ratio.
 void load_delta(const DeltaRules& rules, const DeltaTensor& tensor, const DeltaSource& source,
                 const float* base, int64_t i, int64_t n, float* delta) {
     DeltaRow loaded, difference;
+    const bool masks = source.threshold != nullptr || source.limit >> 32 == 0;
+    const float ratio = source.ratio == nullptr ? 1.0f : *source.ratio;
     const Storage type = rules.rounded ? source.tensor.type : Storage::fp32;
     const float* values = floats_of(source.tensor, i, n, loaded.values);
+    if (!masks && type == Storage::fp32) {
+        for (int64_t j = 0; j < n; ++j)
+            delta[j] = ratio * (base == nullptr ? values[j] : values[j] - base[j]);
+        return;
+    }
     if (base != nullptr) {
         for (int64_t j = 0; j < n; ++j) difference.values[j] = values[j] - base[j];
         round_to(type, difference.values, n);
         values = difference.values;
     }
-    const float ratio = source.ratio == nullptr ? 1.0f : *source.ratio;
-    const int64_t draw = source.draw, limit = int64_t(source.limit);
-    if (source.threshold == nullptr && limit >> 32 != 0) {
-        for (int64_t j = 0; j < n; ++j) delta[j] = ratio * values[j];
-    } else {
+    if (masks) {
+        const int64_t draw = source.draw, limit = int64_t(source.limit);
         MaskTensor mask{};
         mask.threshold = source.threshold;
         mask.cut = source.cut;
@@ -51,119 +63,136 @@ void load_delta(const DeltaRules& rules, const DeltaTensor& tensor, const DeltaS
         mask.limit = &limit;
         mask.tensor_id = tensor.tensor_id;
         keep(mask, rules.seed, i, n, i, values, delta);
-        for (int64_t j = 0; j < n; ++j) delta[j] = ratio * delta[j];
-    }
-    if (ratio != 1.0f) round_to(type, delta, n);
-}
-
-// p of a model's delta.
-void weigh(const DeltaRules& rules, const DeltaSource& source, const float* delta, int64_t n,
-           float* p) {
-    for (int64_t j = 0; j < n; ++j) p[j] = source.weight * delta[j];
-    if (rules.rounded) round_to(source.tensor.type, p, n);
-}
-
-// The elected sign of each element: +1 or -1, or for Combine::sign also 0.
-void elect(const DeltaRules& rules, const DeltaSource* sources, const DeltaRow* deltas, int64_t n,
-           float* sign) {
-    DeltaRow p;
-    for (int64_t j = 0; j < n; ++j) sign[j] = 0.0f;
-    for (int m = 0; m < rules.models; ++m) {
-        const float* vote = deltas[m].values;
-        if (rules.votes == Votes::frequency) {
-            for (int64_t j = 0; j < n; ++j) sign[j] = sign[j] + sign_or_zero(vote[j]);
-            continue;
-        }
-        if (rules.votes == Votes::weighted) {
-            weigh(rules, sources[m], vote, n, p.values);
-            vote = p.values;
-        }
-        for (int64_t j = 0; j < n; ++j) sign[j] = sign[j] + vote[j];
-    }
-    if (rules.combine == Combine::sign) {
-        for (int64_t j = 0; j < n; ++j) sign[j] = sign_or_zero(sign[j]);
     } else {
-        const bool zero_up = rules.zero_up;
-        for (int64_t j = 0; j < n; ++j) sign[j] = elected_sign(sign[j], zero_up);
+        memcpy(delta, values, size_t(n) * sizeof(float));
+    }
+    if (ratio != 1.0f) {
+        for (int64_t j = 0; j < n; ++j) delta[j] = ratio * delta[j];
+        round_to(type, delta, n);
     }
 }
 
-// What the models whose vote agrees with the elected sign add up to.
-void combine_elected(const DeltaRules& rules, const DeltaSource* sources, const DeltaRow* deltas,
-                     const float* sign, int64_t n, float* total) {
-    DeltaRow p, side, count;
-    for (int64_t j = 0; j < n; ++j) total[j] = count.values[j] = 0.0f;
-    for (int m = 0; m < rules.models; ++m) {
-        weigh(rules, sources[m], deltas[m].values, n, p.values);
-        const bool weighted = rules.votes == Votes::weighted;
-        const float* vote = weighted ? p.values : deltas[m].values;
-        const float one = weighted ? sources[m].weight : 1.0f;
-        for (int64_t j = 0; j < n; ++j) side.values[j] = sign[j] * vote[j];
-        if (rules.combine == Combine::max) {
-            for (int64_t j = 0; j < n; ++j)
-                total[j] = largest_agreeing(total[j], side.values[j], p.values[j]);
-            continue;
-        }
+// The ballot of a delta; its rounded p, if it is rounded, lies in the row.
+Ballot ballot_of(const DeltaRules& rules, const DeltaSource& source, const float* delta, int64_t n,
+                 float* p) {
+    const float weight = source.weight;
+    const bool weighted = rules.votes == Votes::weighted;
+    if (!rules.rounded || source.tensor.type == Storage::fp32)
+        return {delta, delta, weighted ? weight : 1.0f, weight};
+    for (int64_t j = 0; j < n; ++j) p[j] = weight * delta[j];
+    round_to(source.tensor.type, p, n);
+    return {weighted ? p : delta, p, 1.0f, 1.0f};
+}
+
+void add_votes(const Ballot& ballot, bool frequency, int64_t n, float* elected) {
+    const float* vote = ballot.vote;
+    const float factor = ballot.vote_factor;
+    if (frequency) {
+        for (int64_t j = 0; j < n; ++j) elected[j] = elected[j] + sign_or_zero(vote[j]);
+    } else {
+        for (int64_t j = 0; j < n; ++j) elected[j] = elected[j] + factor * vote[j];
+    }
+}
+
+// Of the votes for the elected sign. `one` is what such a vote counts.
+void add_agreeing(const Ballot& ballot, Combine combine, float one, const float* sign, int64_t n,
+                  float* total, float* count) {
+    const float *vote = ballot.vote, *p = ballot.p;
+    const float vote_factor = ballot.vote_factor, p_factor = ballot.p_factor;
+    if (combine == Combine::max) {
         for (int64_t j = 0; j < n; ++j)
-            total[j] = add_agreeing(total[j], side.values[j], p.values[j]);
-        if (rules.combine == Combine::mean) {
-            for (int64_t j = 0; j < n; ++j)
-                count.values[j] = count_agreeing(count.values[j], side.values[j], one);
+            total[j] =
+                largest_agreeing(total[j], sign[j] * (vote_factor * vote[j]), p_factor * p[j]);
+    } else if (combine == Combine::mean) {
+        for (int64_t j = 0; j < n; ++j) {
+            const float side = sign[j] * (vote_factor * vote[j]);
+            total[j] = total_agreeing(total[j], side, p_factor * p[j]);
+            count[j] = count_agreeing(count[j], side, one);
         }
+    } else {
+        for (int64_t j = 0; j < n; ++j)
+            total[j] = total_agreeing(total[j], sign[j] * (vote_factor * vote[j]), p_factor * p[j]);
+    }
+}
+
+// What the models add up to by an election.
+void combine_votes(const DeltaRules& rules, const DeltaSource* sources, const Ballot* ballots,
+                   int64_t n, float* total) {
+    DeltaRow signs, counts;
+    float *sign = signs.values, *count = counts.values;
+    zero(sign, 0, n);
+    for (int m = 0; m < rules.models; ++m)
+        add_votes(ballots[m], rules.votes == Votes::frequency, n, sign);
+    if (rules.combine == Combine::sign) {
+        for (int64_t j = 0; j < n; ++j) total[j] = sign_or_zero(sign[j]);
+        return;
+    }
+    const bool zero_up = rules.zero_up;
+    for (int64_t j = 0; j < n; ++j) sign[j] = elected_sign(sign[j], zero_up);
+    zero(total, 0, n);
+    zero(count, 0, n);
+    for (int m = 0; m < rules.models; ++m) {
+        const float one = rules.votes == Votes::weighted ? sources[m].weight : 1.0f;
+        add_agreeing(ballots[m], rules.combine, one, sign, n, total, count);
     }
     if (rules.combine == Combine::max) {
         for (int64_t j = 0; j < n; ++j) total[j] = sign[j] * total[j];
     } else if (rules.combine == Combine::mean) {
-        for (int64_t j = 0; j < n; ++j) {
-            const float divisor = count.values[j] == 0.0f ? 1.0f : count.values[j];
-            total[j] = total[j] / divisor;
-        }
-    } else {
-        for (int64_t j = 0; j < n; ++j) total[j] = total[j] / rules.divisor;
+        for (int64_t j = 0; j < n; ++j) total[j] = total[j] / (count[j] == 0.0f ? 1.0f : count[j]);
     }
 }
 
-void add_all(const DeltaRules& rules, const DeltaSource& source, const float* delta, int64_t n,
-             float* total) {
-    DeltaRow p;
-    weigh(rules, source, delta, n, p.values);
-    for (int64_t j = 0; j < n; ++j) total[j] = total[j] + p.values[j];
+void write_merged(const DeltaRules& rules, const DeltaTensor& tensor, const float* base, int64_t i,
+                  int64_t n, float* total) {
+    const float scale = rules.scale, divisor = rules.divisor;
+    if (rules.combine == Combine::sum && divisor != 1.0f) {
+        for (int64_t j = 0; j < n; ++j) total[j] = total[j] / divisor;
+    }
+    if (rules.combine == Combine::sign) {
+        store_dense(tensor.out, tensor.out_type, i, n, total);
+        return;
+    }
+    const bool direct = tensor.out_type == Storage::fp32;
+    float* out = direct ? static_cast<float*>(tensor.out) + i : total;
+    if (base == nullptr) {
+        for (int64_t j = 0; j < n; ++j) out[j] = scale * total[j];
+    } else {
+        for (int64_t j = 0; j < n; ++j) out[j] = base[j] + scale * total[j];
+    }
+    if (!direct) store_dense(tensor.out, tensor.out_type, i, n, total);
 }
 
+// The rows hold the deltas of all models, then what they add.
 void merge_block(const DeltaRules& rules, const DeltaTensor& tensor, const DeltaSource* sources,
-                 DeltaRow* deltas, int64_t i, int64_t n) {
-    DeltaRow bases, total, sign;
+                 DeltaRow* rows, int64_t i, int64_t n) {
+    DeltaRow bases, totals;
+    Ballot ballots[kMaxModels];
+    float* total = totals.values;
     const float* base =
         tensor.base.data == nullptr ? nullptr : floats_of(tensor.base, i, n, bases.values);
-    if (rules.votes == Votes::none) {
-        for (int64_t j = 0; j < n; ++j) total.values[j] = 0.0f;
-        for (int m = 0; m < rules.models; ++m) {
-            load_delta(rules, tensor, sources[m], base, i, n, deltas->values);
-            add_all(rules, sources[m], deltas->values, n, total.values);
+    const bool elects = rules.votes != Votes::none;
+    zero(total, 0, n);
+    for (int m = 0; m < rules.models; ++m) {
+        float* delta = rows[elects ? m : 0].values;
+        float* p = rows[kMaxModels + (elects ? m : 0)].values;
+        load_delta(rules, tensor, sources[m], base, i, n, delta);
+        ballots[m] = ballot_of(rules, sources[m], delta, n, p);
+        if (!elects) {
+            const float* added = ballots[m].p;
+            const float factor = ballots[m].p_factor;
+            for (int64_t j = 0; j < n; ++j) total[j] = total[j] + factor * added[j];
         }
-        for (int64_t j = 0; j < n; ++j) total.values[j] = total.values[j] / rules.divisor;
-    } else {
-        for (int m = 0; m < rules.models; ++m)
-            load_delta(rules, tensor, sources[m], base, i, n, deltas[m].values);
-        elect(rules, sources, deltas, n, sign.values);
-        if (rules.combine == Combine::sign)
-            return store_dense(tensor.out, tensor.out_type, i, n, sign.values);
-        combine_elected(rules, sources, deltas, sign.values, n, total.values);
     }
-    const float scale = rules.scale;
-    for (int64_t j = 0; j < n; ++j) total.values[j] = scale * total.values[j];
-    if (base != nullptr) {
-        for (int64_t j = 0; j < n; ++j) total.values[j] = base[j] + total.values[j];
-    }
-    store_dense(tensor.out, tensor.out_type, i, n, total.values);
+    if (elects) combine_votes(rules, sources, ballots, n, total);
+    write_merged(rules, tensor, base, i, n, total);
 }
 
 void merge_deltas(const DeltaRules& rules, const DeltaTensor& tensor, const DeltaSource* sources,
                   int64_t begin, int64_t end) {
-    DeltaRow deltas[kMaxModels];
+    DeltaRow rows[2 * kMaxModels];
     for (int64_t i = begin; i < end; i += kDeltaBlock) {
         const int64_t n = end - i < kDeltaBlock ? end - i : kDeltaBlock;
-        merge_block(rules, tensor, sources, deltas, i, n);
+        merge_block(rules, tensor, sources, rows, i, n);
     }
 }
 
