@@ -44,9 +44,8 @@ void load_delta(const DeltaRules& rules, const DeltaTensor& tensor, const DeltaS
     const float ratio = source.ratio == nullptr ? 1.0f : *source.ratio;
     const Storage type = rules.rounded ? source.tensor.type : Storage::fp32;
     const float* values = floats_of(source.tensor, i, n, loaded.values);
-    if (!masks && type == Storage::fp32) {
-        for (int64_t j = 0; j < n; ++j)
-            delta[j] = ratio * (base == nullptr ? values[j] : values[j] - base[j]);
+    if (base != nullptr && !masks && type == Storage::fp32) {
+        for (int64_t j = 0; j < n; ++j) delta[j] = ratio * (values[j] - base[j]);
         return;
     }
     if (base != nullptr) {
@@ -64,7 +63,7 @@ void load_delta(const DeltaRules& rules, const DeltaTensor& tensor, const DeltaS
         mask.tensor_id = tensor.tensor_id;
         keep(mask, rules.seed, i, n, i, values, delta);
     } else {
-        memcpy(delta, values, size_t(n) * sizeof(float));
+        for (int64_t j = 0; j < n; ++j) delta[j] = values[j];
     }
     if (ratio != 1.0f) {
         for (int64_t j = 0; j < n; ++j) delta[j] = ratio * delta[j];
