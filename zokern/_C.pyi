@@ -124,6 +124,30 @@ class Selection:
 class L1Sums:
     def __init__(self, *, values: Values, masks: Masks) -> None: ...
 
+class DeltaMerge:
+    def __init__(
+        self,
+        *,
+        outs: list[_Dense],
+        bases: list[_Dense],
+        models: list[list[_Dense]],
+        numels: list[int],
+        tensor_ids: list[int],
+        weights: Sequence[float],
+        ratios: int,
+        thresholds: int,
+        cuts: int,
+        limits: Sequence[int],
+        draws: Sequence[int],
+        seed: int,
+        rounded: bool,
+        votes: int,
+        zero_up: bool,
+        combine: int,
+        divisor: float,
+        scale: float,
+    ) -> None: ...
+
 def cpu_capabilities() -> list[str]: ...
 def cpu_sweep(sweep: Sweep, capability: str, threads: int, /) -> None: ...
 def cpu_merge_step(step: MergeStep, capability: str, threads: int, /) -> None: ...
@@ -151,6 +175,7 @@ def cpu_select(
     /,
 ) -> None: ...
 def cpu_l1_sums(sums: L1Sums, out: int, capability: str, threads: int, /) -> None: ...
+def cpu_merge_deltas(merge: DeltaMerge, capability: str, threads: int, /) -> None: ...
 
 # The bodies of the CUDA kernels, run on the host over a simulated grid.
 def host_grid_sweep(sweep: Sweep, /) -> None: ...

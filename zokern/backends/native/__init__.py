@@ -12,6 +12,7 @@ try:
 except ImportError as error:
     _missing = str(error)
 else:
+    from zokern.backends.native.deltas import merge_deltas
     from zokern.backends.native.l1 import l1_sums
     from zokern.backends.native.merging import merge_step_
     from zokern.backends.native.noise import sample
@@ -22,6 +23,7 @@ else:
 __all__ = [
     "inner_products",
     "l1_sums",
+    "merge_deltas",
     "merge_step_",
     "perturb_",
     "sample",

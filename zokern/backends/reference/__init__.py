@@ -2,6 +2,7 @@
 
 import torch
 
+from zokern.backends.reference.deltas import merge_deltas
 from zokern.backends.reference.l1 import l1_sums
 from zokern.backends.reference.merging import merge_step_
 from zokern.backends.reference.noise import sample
@@ -12,6 +13,7 @@ from zokern.backends.reference.select import select
 __all__ = [
     "inner_products",
     "l1_sums",
+    "merge_deltas",
     "merge_step_",
     "perturb_",
     "sample",
