@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../deltas.h"
-#include "adam_block.h"
+#include "masks.h"
 #include "values.h"
 
 namespace zokern {
