@@ -254,6 +254,7 @@ PYBIND11_MODULE(_C, m) {
         },
         no_gil);
 
+    m.def("host_grid_merge_deltas", &host_grid_merge_deltas, no_gil);
     m.def("host_grid_sweep", &host_grid_sweep, no_gil);
     m.def(
         "host_grid_inner_products",
@@ -274,6 +275,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_architectures", &cuda_architectures);
     m.def("cuda_why_not", &cuda_why_not);
     m.def("cuda_sweep", &cuda_sweep, no_gil);
+    m.def("cuda_merge_deltas", &cuda_merge_deltas, no_gil);
     m.def("count_partials", &count_partials);
     m.def(
         "cuda_inner_products",

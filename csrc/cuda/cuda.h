@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "../deltas.h"
 #include "../sums.h"
 #include "../sweep.h"
 
@@ -23,6 +24,8 @@ void cuda_inner_products(const Products& products, ExactProducts* partials, int 
 size_t count_partials(const Products& products);
 void sum_partials(const Products& products, const ExactProducts* partials, double* out);
 
+void cuda_merge_deltas(const DeltaMerge& merge, int device, uintptr_t stream);
+
 // Elements offset … offset + numel - 1 of a draw: float for gauss16, gauss32, rademacher and
 // normal, int64 for uniform32 and rounding16.
 void cuda_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
@@ -39,6 +42,7 @@ std::string cuda_why_not(int device);
 // Present in every build.
 void host_grid_sweep(const Sweep& sweep);
 void host_grid_inner_products(const Products& products, double* out);
+void host_grid_merge_deltas(const DeltaMerge& merge);
 void host_grid_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
                       int64_t offset, void* out);
 
