@@ -271,6 +271,20 @@ PYBIND11_MODULE(_C, m) {
         },
         no_gil);
 
+    m.def(
+        "host_grid_select",
+        [](const Selection& selection, uintptr_t thresholds, uintptr_t cuts, uintptr_t largest,
+           size_t shared_bytes) {
+            host_grid_select(selection, make_thresholds(thresholds, cuts, largest), shared_bytes);
+        },
+        no_gil);
+    m.def(
+        "host_grid_l1_sums",
+        [](const L1Sums& sums, uintptr_t out) {
+            host_grid_l1_sums(sums, reinterpret_cast<float*>(out));
+        },
+        no_gil);
+
 #ifdef ZOKERN_WITH_CUDA
     m.def("cuda_architectures", &cuda_architectures);
     m.def("cuda_why_not", &cuda_why_not);
@@ -297,6 +311,23 @@ PYBIND11_MODULE(_C, m) {
            uintptr_t out, int device, uintptr_t stream) {
             cuda_sample(Law(law), numel, seed, draw, tensor_id, offset,
                         reinterpret_cast<void*>(out), device, stream);
+        },
+        no_gil);
+    m.def("cuda_select_scratch", &cuda_select_scratch);
+    m.def(
+        "cuda_select",
+        [](const Selection& selection, uintptr_t thresholds, uintptr_t cuts, uintptr_t largest,
+           uintptr_t scratch, int device, uintptr_t stream) {
+            cuda_select(selection, make_thresholds(thresholds, cuts, largest),
+                        reinterpret_cast<void*>(scratch), device, stream);
+        },
+        no_gil);
+    m.def("l1_scratch", &l1_scratch);
+    m.def(
+        "cuda_l1_sums",
+        [](const L1Sums& sums, uintptr_t out, uintptr_t scratch, int device, uintptr_t stream) {
+            cuda_l1_sums(sums, reinterpret_cast<float*>(out), reinterpret_cast<void*>(scratch),
+                         device, stream);
         },
         no_gil);
 #else

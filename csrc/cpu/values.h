@@ -29,29 +29,31 @@ void round_to(Storage type, float* values, int64_t n) {
     if (type == Storage::fp16) round_block<Storage::fp16>(values, n);
 }
 
-void load_steps(const AdamTensor& adam, int64_t i, int64_t n, float* values) {
-    Buffer grads, firsts, seconds;
+// So many at a time that all the operands of a step stay in the L1 cache.
+constexpr int64_t kSteps = 512;
+
+void load_few_steps(const AdamTensor& adam, int64_t i, int64_t n, float* values) {
+    float grads[kSteps], firsts[kSteps], seconds[kSteps], next_seconds[kSteps];
     const AdamNumbers numbers = *adam.numbers;
-    const float* grad = floats_of(adam.grad, i, n, grads.t);
-    const float* first = floats_of(adam.exp_avg, i, n, firsts.t);
-    const float* second = floats_of(adam.exp_avg_sq, i, n, seconds.t);
-    if (adam.exp_avg.type == Storage::fp32 && adam.exp_avg_sq.type == Storage::fp32) {
-        for (int64_t j = 0; j < n; ++j)
-            values[j] = adam_delta(numbers, next_moments(numbers, grad[j], {first[j], second[j]}));
-    } else {
-        for (int64_t j = 0; j < n; ++j) {
-            const Moments next = next_moments(numbers, grad[j], {first[j], second[j]});
-            firsts.t[j] = next.first;
-            seconds.t[j] = next.second;
-        }
-        round_to(adam.exp_avg.type, firsts.t, n);
-        round_to(adam.exp_avg_sq.type, seconds.t, n);
-        for (int64_t j = 0; j < n; ++j)
-            values[j] = adam_delta(numbers, {firsts.t[j], seconds.t[j]});
+    const float* grad = floats_of(adam.grad, i, n, grads);
+    const float* first = floats_of(adam.exp_avg, i, n, firsts);
+    const float* second = floats_of(adam.exp_avg_sq, i, n, seconds);
+    for (int64_t j = 0; j < n; ++j) {
+        const Moments next = next_moments(numbers, grad[j], {first[j], second[j]});
+        values[j] = next.first;
+        next_seconds[j] = next.second;
     }
+    round_to(adam.exp_avg.type, values, n);
+    round_to(adam.exp_avg_sq.type, next_seconds, n);
+    for (int64_t j = 0; j < n; ++j) values[j] = adam_delta(numbers, {values[j], next_seconds[j]});
     if (adam.cached != nullptr && *adam.merges != 0) {
         for (int64_t j = 0; j < n; ++j) values[j] += adam.cached[i + j];
     }
+}
+
+void load_steps(const AdamTensor& adam, int64_t i, int64_t n, float* values) {
+    for (int64_t j = 0; j < n; j += kSteps)
+        load_few_steps(adam, i + j, n - j < kSteps ? n - j : kSteps, values + j);
 }
 
 // Where values [i, i + n) are, n ≤ kBlock: in the tensor itself or in the buffer.

@@ -1,17 +1,11 @@
 // The kernel of merges of models over a base. The order of its work is that of zokern/deltas.py.
 #pragma once
 
-#include "../magnitudes.h"
 #include "context.h"
-#include "unit.h"
+#include "delta_plan.h"
+#include "value_body.h"
 
 namespace zokern {
-
-ZK_FN float round_to(Storage type, float value) {
-    if (type == Storage::bf16) return from_bf16(to_bf16(value));
-    if (type == Storage::fp16) return from_fp16(to_fp16(value));
-    return value;
-}
 
 // Bit j: whether the model's mask keeps element j of an octet.
 ZK_FN uint32_t kept_of(const DeltaBatch& batch, const DeltaOperand& operand,
@@ -49,14 +43,14 @@ ZK_FN void load_delta(const DeltaBatch& batch, const DeltaOperand& operand,
     load_dense(source.tensor, unit, delta);
     if (operand.base.data != nullptr) {
         ZK_UNROLL
-        for (int j = 0; j < 8; ++j) delta[j] = round_to(type, delta[j] - base[j]);
+        for (int j = 0; j < 8; ++j) delta[j] = rounded_to(type, delta[j] - base[j]);
     }
     const uint32_t kept = kept_of(batch, operand, source, unit, delta);
     const float ratio = source.ratio == nullptr ? 1.0f : *source.ratio;
     ZK_UNROLL
     for (int j = 0; j < 8; ++j) {
-        delta[j] = round_to(type, ratio * (kept >> j & 1u ? delta[j] : 0.0f));
-        p[j] = round_to(type, source.weight * delta[j]);
+        delta[j] = rounded_to(type, ratio * (kept >> j & 1u ? delta[j] : 0.0f));
+        p[j] = rounded_to(type, source.weight * delta[j]);
     }
 }
 

@@ -7,53 +7,14 @@
 #include <string>
 #include <type_traits>
 
+#include "extents.h"
+
 namespace zokern {
 namespace {
-
-constexpr uint64_t kMaxBlocks = (uint64_t(1) << 31) - 1;
-
-// Long blocks amortise their prologue; this many keep every multiprocessor busy to the end.
-constexpr uint64_t kEnoughBlocks = 4096;
-constexpr uint32_t kMinSteps = 4, kMaxSteps = 16;
 
 // Each leaves partial sums to be copied and added up, so they are no more than keep a GPU busy, but
 // for one more that a tensor may take.
 constexpr uint64_t kProductBlocks = 2048;
-
-uint32_t steps_for(uint64_t units) {
-    uint32_t steps = kMinSteps;
-    while (steps < kMaxSteps && units / (2 * steps * kThreads) >= kEnoughBlocks) steps *= 2;
-    return steps;
-}
-
-// Of the operand at `base`; null where there is none.
-bool on_boundaries(const void* base, int element_bytes, const Extent& e) {
-    if (base == nullptr) return true;
-    const uint64_t bytes = uint64_t(element_bytes), boundary = std::min<uint64_t>(16, 8 * bytes);
-    const uint64_t origin = reinterpret_cast<uintptr_t>(base) - e.offset * bytes;
-    const uint64_t row_shift = (e.row_stride - e.row_length) * bytes;
-    return origin % boundary == 0 && (e.rows == 1 || row_shift % boundary == 0);
-}
-
-bool on_boundaries(const DenseTensor& dense, const Extent& e) {
-    return on_boundaries(dense.data, param_bytes(dense.type), e);
-}
-
-// All but `vectors`. The tensor is not empty.
-template <class Tensor>
-Extent extent_of(const Tensor& t, Law law) {
-    const Stream stream = make_stream(0, t.tensor_id, 0, law);
-    Extent e{};
-    e.offset = uint64_t(t.offset);
-    const bool one_row = t.row_length == t.numel || t.row_stride == t.row_length;
-    e.row_length = uint64_t(one_row ? t.numel : t.row_length);
-    e.row_stride = uint64_t(one_row ? t.numel : t.row_stride);
-    e.rows = uint64_t(t.numel) / e.row_length;
-    e.reciprocal = ~uint64_t(0) / units_per_row(e);
-    e.c1 = stream.c1;
-    e.c2 = stream.c2;
-    return e;
-}
 
 void describe(const SweepTensor& t, Law law, Operand& o) {
     static_cast<Extent&>(o) = extent_of(t, law);
@@ -75,20 +36,6 @@ void describe(const SweepTensor& t, Law law, UpdateOperand& o) {
         o.dense[slot] = t.dense[slot];
         o.vectors = o.vectors && on_boundaries(t.dense[slot], o);
     }
-}
-
-uint64_t blocks_of(const Extent& e, uint32_t steps) {
-    const uint64_t per_block = uint64_t(steps) * kThreads;
-    return (units_of(e) + per_block - 1) / per_block;
-}
-
-// The launch has room for it.
-template <class Launch, class OperandType>
-void append(Launch& launch, const OperandType& operand) {
-    auto& batch = launch.batch;
-    batch.first_blocks[batch.operand_count] = launch.blocks;
-    batch.operands[batch.operand_count++] = operand;
-    launch.blocks += uint32_t(blocks_of(operand, batch.steps));
 }
 
 // Fills launches of one kernel, one after the other.
@@ -196,18 +143,6 @@ std::vector<MoveLaunch<BatchType>> plan(const Sweep& sweep) {
     return launches;
 }
 
-DeltaOperand describe(const DeltaTensor& t, const DeltaSource* sources, int models) {
-    const ProductTensor whole = {t.base, t.numel, 0, t.numel, t.numel, t.tensor_id};
-    DeltaOperand o{};
-    static_cast<Extent&>(o) = extent_of(whole, Law::uniform32);
-    o.base = t.base;
-    o.out = t.out;
-    o.out_type = t.out_type;
-    o.vectors = on_boundaries(t.out, param_bytes(t.out_type), o) && on_boundaries(t.base, o);
-    for (int m = 0; m < models; ++m) o.vectors = o.vectors && on_boundaries(sources[m].tensor, o);
-    return o;
-}
-
 // The products' operands, those of empty tensors without rows, and the steps of their blocks.
 struct ProductPlan {
     std::vector<ProductOperand> operands;
@@ -274,40 +209,6 @@ void sum_partials(const Products& products, const ExactProducts* partials, doubl
         for (uint32_t block = 0; block < blocks; ++block) add(total, *partials++);
         for (const ExactSum& sum : {total.vv, total.vz, total.zz}) *out++ = sum.high + sum.low;
     }
-}
-
-std::vector<DeltaLaunch> plan_merge(const DeltaMerge& merge) {
-    const int models = merge.rules.models;
-    std::vector<DeltaOperand> operands;
-    std::vector<const DeltaSource*> sources;
-    uint64_t units = 0;
-    for (const DeltaTensor& tensor : merge.tensors) {
-        if (tensor.numel == 0) continue;
-        sources.push_back(merge.sources.data() + tensor.first_source);
-        operands.push_back(describe(tensor, sources.back(), models));
-        units += units_of(operands.back());
-    }
-    DeltaLaunch empty{};
-    empty.batch.keys = key_schedule(uint32_t(merge.rules.seed), uint32_t(merge.rules.seed >> 32));
-    empty.batch.steps = steps_for(units);
-    empty.batch.rules = merge.rules;
-    std::vector<DeltaLaunch> launches;
-    uint32_t used = 0;
-    for (size_t i = 0; i < operands.size(); ++i) {
-        const bool fits =
-            !launches.empty() && used + models <= DeltaBatch::kMaxSources &&
-            launches.back().batch.operand_count < DeltaBatch::kMaxOperands &&
-            launches.back().blocks + blocks_of(operands[i], empty.batch.steps) <= kMaxBlocks;
-        if (!fits) {
-            launches.push_back(empty);
-            used = 0;
-        }
-        operands[i].first_source = used;
-        std::copy(sources[i], sources[i] + models, launches.back().batch.sources + used);
-        append(launches.back(), operands[i]);
-        used += uint32_t(models);
-    }
-    return launches;
 }
 
 SampleLaunch plan_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,

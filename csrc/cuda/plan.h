@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "../deltas.h"
 #include "../sums.h"
 #include "../sweep.h"
 
@@ -54,14 +53,6 @@ struct ProductOperand : Extent {
     DenseTensor vector;
 };
 
-// Without residuals or rows of several: the whole tensor.
-struct DeltaOperand : Extent {
-    DenseTensor base;
-    void* out;
-    Storage out_type;
-    uint32_t first_source;  // of the launch's
-};
-
 struct Factor {
     float coeff, scale;
 };
@@ -103,15 +94,6 @@ struct ProductBatch : Batch<ProductOperand, 256> {
 };
 static_assert(sizeof(ProductBatch) <= kParameterBytes, "kernel parameters");
 
-struct DeltaBatch : Batch<DeltaOperand, 48> {
-    static constexpr uint32_t kMaxSources = 448;
-
-    DeltaSource sources[kMaxSources];
-    DeltaRules rules;
-};
-static_assert(sizeof(DeltaBatch) <= kParameterBytes, "kernel parameters");
-static_assert(DeltaBatch::kMaxSources >= kMaxModels, "every tensor fits a launch");
-
 template <class BatchType>
 struct MoveLaunch {
     Storage storage;
@@ -135,13 +117,6 @@ struct ProductLaunch {
 // The blocks of one tensor follow on those of the one before it.
 std::vector<uint32_t> product_blocks(const Products& products);
 std::vector<ProductLaunch> plan_products(const Products& products, ExactProducts* partials);
-
-struct DeltaLaunch {
-    uint32_t blocks;
-    DeltaBatch batch;
-};
-
-std::vector<DeltaLaunch> plan_merge(const DeltaMerge& merge);
 
 struct SampleBatch {
     void* out;

@@ -17,7 +17,7 @@ else:
     from zokern.backends.native.noise import sample
     from zokern.backends.native.perturb import perturb_
     from zokern.backends.native.products import inner_products
-    from zokern.backends.native.select import select
+    from zokern.backends.native.selection import select
 
 __all__ = [
     "inner_products",

@@ -7,7 +7,7 @@ from zokern.backends.reference.l1 import l1_sums
 from zokern.backends.reference.noise import sample
 from zokern.backends.reference.perturb import perturb_
 from zokern.backends.reference.products import inner_products
-from zokern.backends.reference.select import select
+from zokern.backends.reference.selection import select
 
 __all__ = [
     "inner_products",
