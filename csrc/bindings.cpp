@@ -307,6 +307,7 @@ PYBIND11_MODULE(_C, m) {
         },
         no_gil);
 
+    m.def("host_grid_merge_deltas", &host_grid_merge_deltas, no_gil);
     m.def("host_grid_sweep", &host_grid_sweep, no_gil);
     m.def("host_grid_merge_step", &host_grid_merge_step, no_gil);
     m.def(
@@ -342,6 +343,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_architectures", &cuda_architectures);
     m.def("cuda_why_not", &cuda_why_not);
     m.def("cuda_sweep", &cuda_sweep, no_gil);
+    m.def("cuda_merge_deltas", &cuda_merge_deltas, no_gil);
     m.def("cuda_merge_step", &cuda_merge_step, no_gil);
     m.def("count_partials", &count_partials);
     m.def(

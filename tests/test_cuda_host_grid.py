@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import zokern
-from tests import test_inner_products, test_perturb, test_sweep_forms
+from tests import test_inner_products, test_merge_deltas, test_perturb, test_sweep_forms
 from tests.same_bits import same_bits
 from zokern import noise, ops
 
@@ -27,6 +27,7 @@ def _simulated_grid(monkeypatch):
         lambda products, out, *_: _C.host_grid_inner_products(products, out),
     )
     monkeypatch.setattr(_C, "cpu_sample", lambda *arguments: _C.host_grid_sample(*arguments[:7]))
+    monkeypatch.setattr(_C, "cpu_merge_deltas", lambda merge, *_: _C.host_grid_merge_deltas(merge))
     monkeypatch.setenv("ZOKERN_BACKEND", "native")
 
 
@@ -320,3 +321,31 @@ def test_samples(law, offset, numel):
         assert same_bits(out, wanted)
         assert memory[start + numel :].tolist() == [77, 77]
         assert memory[:start].tolist() == [77] * start
+
+
+@pytest.mark.parametrize("masks", ["none", "random", "magnitude"])
+@pytest.mark.parametrize(("votes", "combine"), test_merge_deltas.RULES)
+@pytest.mark.parametrize("dtype", test_merge_deltas.DTYPES, ids=str)
+def test_merges(dtype, votes, combine, masks):
+    test_merge_deltas.test_backends_agree("host grid", dtype, votes, combine, masks)
+
+
+@pytest.mark.parametrize("models", [1, 2, 5])
+def test_merges_of_mixed_dtypes_and_without_a_base(models):
+    test_merge_deltas.test_backends_agree_on_mixed_dtypes_and_without_a_base("host grid", models)
+
+
+def test_merges_of_64_models():
+    test_merge_deltas.test_sixty_four_models("host grid")
+
+
+def test_merges_of_more_tensors_than_a_launch_takes():
+    base = [torch.randn(1 + i % 20) for i in range(200)]
+    models = [[tensor + torch.randn_like(tensor) for tensor in base] for _ in range(5)]
+    results = []
+    for name in ("native", "reference"):
+        outs = [torch.empty_like(tensor) for tensor in base]
+        with zokern.use_backend(name):
+            ops.merge_deltas(outs, models, bases=base, limits=[1 << 31] * 5, votes="total")
+        results.append(outs)
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))

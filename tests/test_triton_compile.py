@@ -19,6 +19,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from zokern.deltas import DeltaMerge
 from zokern.laws import LAWS
 from zokern.merging import (
     AdamNumbers,
@@ -79,6 +80,8 @@ PRODUCTS = ("fp32", "bf16")
 # What magnitudes are selected from, and what is launched for them.
 VALUES = ("plain", "rounded", "adam")
 KERNELS = ("count", "ties", "cut", "sums")
+# Merges of models: at random, of elected signs, and of models of several dtypes.
+MERGES = ("merge-linear", "merge-random", "merge-ties", "merge-max", "merge-mixed")
 OTHERS = [
     f"{target}-{name}"
     for target in ONE_OF_EACH_MAKER
@@ -86,6 +89,7 @@ OTHERS = [
         *FORMS,
         *(f"products-{dtype}" for dtype in PRODUCTS),
         *(f"{values}-{kernel}" for values in VALUES for kernel in KERNELS),
+        *MERGES,
     )
 ]
 
@@ -138,6 +142,40 @@ def products_of(dtype: str) -> InnerProducts:
     return InnerProducts(plain.params, plain.shards, [0], draw=1, seed=2, law="gauss16")
 
 
+def merge_named(name: str) -> DeltaMerge:
+    numel, half = 1 << 16, torch.bfloat16
+    dtypes = [half, torch.float32] if name == "merge-mixed" else [half, half]
+    numbers = torch.zeros(2, 1)
+    plain = DeltaMerge(
+        outs=[torch.empty(numel, dtype=half)],
+        bases=[torch.empty(numel, dtype=half)],
+        models=[[torch.empty(numel, dtype=dtype)] for dtype in dtypes],
+        weights=[0.3, 0.7],
+        ratios=None,
+        thresholds=None,
+        cuts=None,
+        limits=[1 << 32] * 2,
+        draws=[0, 1],
+        seed=3,
+        tensor_ids=[5],
+        rounded=True,
+        votes="none",
+        zero_up=True,
+        combine="sum",
+        divisor=2.0,
+        scale=0.5,
+    )
+    by_magnitude: dict = {"thresholds": numbers, "cuts": numbers.long(), "votes": "weighted"}
+    changes: dict = {
+        "merge-linear": {},
+        "merge-random": {"limits": [1 << 31, 5], "ratios": numbers},
+        "merge-ties": by_magnitude | {"combine": "mean"},
+        "merge-max": by_magnitude | {"combine": "max", "votes": "total"},
+        "merge-mixed": by_magnitude | {"combine": "mean", "votes": "frequency"},
+    }
+    return replace(plain, **changes[name])
+
+
 def values_named(name: str) -> Values:
     numel = 1 << 16
     half, single = torch.empty(numel, dtype=torch.bfloat16), torch.empty(numel)
@@ -187,7 +225,16 @@ def compiled_for(name: str) -> Iterator[list]:
     """What would be launched on that GPU is compiled and collected instead."""
     from triton.runtime import driver
 
-    from zokern.backends.triton import l1, launch, noise, perturb, products, selection, update
+    from zokern.backends.triton import (
+        deltas,
+        l1,
+        launch,
+        noise,
+        perturb,
+        products,
+        selection,
+        update,
+    )
 
     kernels = []
     launched = (
@@ -200,6 +247,7 @@ def compiled_for(name: str) -> Iterator[list]:
         selection.cut_kernel,
         l1.l1_kernel,
         l1.total_kernel,
+        deltas.merge_kernel,
     )
     runs = {kernel: kernel.run for kernel in launched}
     for kernel, run in runs.items():
@@ -290,7 +338,7 @@ def amd_tile_report(kernel) -> dict:
 
 
 def main() -> None:
-    from zokern.backends.triton import noise, perturb, products, update
+    from zokern.backends.triton import deltas, noise, perturb, products, update
 
     reports: dict[str, object] = {}
     for target in TARGETS:
@@ -313,6 +361,9 @@ def main() -> None:
                 for values in VALUES:
                     for name, kernel in select_and_sum(kernels, values).items():
                         reports[f"{target}-{values}-{name}"] = report(kernel)
+                for name in MERGES:
+                    deltas.merge_deltas(merge_named(name))
+                    reports[f"{target}-{name}"] = report(kernels[-1])
             for law in LAWS:
                 noise.sample(law, 100, **SAMPLE, device=torch.device("cpu"))
     with compiled_for("sm_90") as kernels:

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "cuda.h"
+#include "delta_body.h"
 #include "launch.cuh"
 #include "merge_kernel.h"
 #include "plan.h"
@@ -26,6 +27,11 @@ __global__ void __launch_bounds__(kThreads)
     product_global(const __grid_constant__ ProductBatch batch) {
     __shared__ ExactProducts sums[kThreads];
     product_body<law>(DeviceContext(), batch, sums);
+}
+
+template <bool elects>
+__global__ void __launch_bounds__(kThreads) delta_global(const __grid_constant__ DeltaBatch batch) {
+    delta_body<elects>(DeviceContext(), batch);
 }
 
 template <Law law>
@@ -92,6 +98,18 @@ void cuda_inner_products(const Products& products, ExactProducts* partials, int 
                          uintptr_t stream) {
     launch_all(products.law, plan_products(products, partials), device, stream,
                "the launch of inner products");
+}
+
+void cuda_merge_deltas(const DeltaMerge& merge, int device, uintptr_t stream) {
+    const std::vector<DeltaLaunch> launches = plan_merge(merge);
+    if (launches.empty()) return;
+    const DeviceGuard guard(device);
+    const auto kernel = merge.rules.votes == Votes::none ? delta_global<false> : delta_global<true>;
+    for (const DeltaLaunch& launch : launches) {
+        kernel<<<launch.blocks, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+            launch.batch);
+        check(cudaGetLastError(), "the launch of a merge");
+    }
 }
 
 void cuda_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,

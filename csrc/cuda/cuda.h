@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "../deltas.h"
 #include "../magnitudes.h"
 #include "../merging.h"
 #include "../sums.h"
@@ -27,6 +28,8 @@ void cuda_inner_products(const Products& products, ExactProducts* partials, int 
                          uintptr_t stream);
 size_t count_partials(const Products& products);
 void sum_partials(const Products& products, const ExactProducts* partials, double* out);
+
+void cuda_merge_deltas(const DeltaMerge& merge, int device, uintptr_t stream);
 
 // Elements offset … offset + numel - 1 of a draw: float for gauss16, gauss32, rademacher and
 // normal, int64 for uniform32 and rounding16.
@@ -55,6 +58,7 @@ std::string cuda_why_not(int device);
 void host_grid_sweep(const Sweep& sweep);
 void host_grid_merge_step(const MergeStep& step);
 void host_grid_inner_products(const Products& products, double* out);
+void host_grid_merge_deltas(const DeltaMerge& merge);
 void host_grid_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
                       int64_t offset, void* out);
 void host_grid_select(const Selection& selection, const Thresholds& out, size_t shared_bytes);

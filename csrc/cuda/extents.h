@@ -38,6 +38,16 @@ Extent extent_of(const Tensor& t, Law law) {
     return e;
 }
 
+// Long blocks amortise their prologue; this many keep every multiprocessor busy to the end.
+constexpr uint64_t kEnoughBlocks = 4096;
+constexpr uint32_t kMinSteps = 4, kMaxSteps = 16;
+
+inline uint32_t steps_for(uint64_t units) {
+    uint32_t steps = kMinSteps;
+    while (steps < kMaxSteps && units / (2 * steps * kThreads) >= kEnoughBlocks) steps *= 2;
+    return steps;
+}
+
 inline uint64_t blocks_of(const Extent& e, uint32_t steps) {
     const uint64_t per_block = uint64_t(steps) * kThreads;
     return (units_of(e) + per_block - 1) / per_block;

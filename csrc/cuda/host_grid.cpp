@@ -1,5 +1,6 @@
 // The kernels over a simulated grid: every block and thread in turn.
 #include "cuda.h"
+#include "delta_body.h"
 #include "dispatch.h"
 #include "l1_body.h"
 #include "merge_body.h"
@@ -96,6 +97,17 @@ void host_grid_inner_products(const Products& products, double* out) {
     std::vector<ExactProducts> partials(count_partials(products));
     run_all(products.law, plan_products(products, partials.data()));
     sum_partials(products, partials.data(), out);
+}
+
+void host_grid_merge_deltas(const DeltaMerge& merge) {
+    for (const DeltaLaunch& launch : plan_merge(merge)) {
+        run_grid(launch.blocks, [&](HostContext at) {
+            if (merge.rules.votes == Votes::none)
+                delta_body<false>(at, launch.batch);
+            else
+                delta_body<true>(at, launch.batch);
+        });
+    }
 }
 
 void host_grid_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,

@@ -12,19 +12,9 @@
 namespace zokern {
 namespace {
 
-// Long blocks amortise their prologue; this many keep every multiprocessor busy to the end.
-constexpr uint64_t kEnoughBlocks = 4096;
-constexpr uint32_t kMinSteps = 4, kMaxSteps = 16;
-
 // Each leaves partial sums to be copied and added up, so they are no more than keep a GPU busy, but
 // for one more that a tensor may take.
 constexpr uint64_t kProductBlocks = 2048;
-
-uint32_t steps_for(uint64_t units) {
-    uint32_t steps = kMinSteps;
-    while (steps < kMaxSteps && units / (2 * steps * kThreads) >= kEnoughBlocks) steps *= 2;
-    return steps;
-}
 
 void describe(const SweepTensor& t, Law law, Operand& o) {
     static_cast<Extent&>(o) = extent_of(t, law);

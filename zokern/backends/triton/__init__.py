@@ -6,12 +6,14 @@ Triton is imported when it is first asked for: the package works without it.
 import torch
 from torch import Tensor
 
+from zokern.deltas import DeltaMerge
 from zokern.merging import L1Sums, Selection
 from zokern.sweep import InnerProducts, Sweep
 
 __all__ = [
     "inner_products",
     "l1_sums",
+    "merge_deltas",
     "perturb_",
     "sample",
     "select",
@@ -45,6 +47,12 @@ def inner_products(products: InnerProducts) -> Tensor:
     from zokern.backends.triton import products as kernels
 
     return kernels.inner_products(products)
+
+
+def merge_deltas(merge: DeltaMerge) -> None:
+    from zokern.backends.triton import deltas
+
+    deltas.merge_deltas(merge)
 
 
 def sample(
