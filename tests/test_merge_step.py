@@ -9,8 +9,9 @@ import torch
 from tests.merging_cases import FLOATS, Case, check, make_step
 from tests.same_bits import same_bits
 from tests.test_perturb import STORAGES
-from zokern import merge_steps, ops
+from zokern import ops
 from zokern.merging import METHODS, SparseTau, dense_tau, sparse_tau
+from zokern.ops import steps
 
 FORMS = [(storage, False) for storage in STORAGES] + [
     (storage, True) for storage in ("fp32", "bf16", "fp16")
@@ -78,7 +79,7 @@ def test_a_sparse_tau_is_the_dense_one(numel):
 @pytest.mark.parametrize("method", METHODS)
 def test_it_passes_opcheck(method, sparse):
     step = make_step(Case(method, sizes=[40, 7], sparse=sparse, storage="bf16"))
-    arguments = merge_steps._flat(step, [0, 1])
+    arguments = steps._flat(step, [0, 1])
     torch.library.opcheck(torch.ops.zokern.merge_step_, arguments)
 
 
