@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from tests import merging_cases
 from zokern.laws import LAWS
+from zokern.merging import MergeStep
 from zokern.sweep import InnerProducts, Shard, Sweep, Update
 
 pytest.importorskip("triton")
@@ -64,13 +66,14 @@ COMPILED = [
     for target in TARGETS
     for name in (CASES | MORE_CASES if target in ONE_OF_EACH_MAKER else CASES)
 ]
-# Sweeps that are not plain, and inner products with vectors of a dtype.
+# Sweeps that are not plain, inner products with vectors of a dtype, and merging steps.
 FORMS = ("master-evaluates", "momentum", "two-dense", "everything")
 PRODUCTS = ("fp32", "bf16")
+MERGES = ("merge-everything", "merge-split8", "merge-ties-sparse", "merge-paper", "merge-ema")
 OTHERS = [
     f"{target}-{name}"
     for target in ONE_OF_EACH_MAKER
-    for name in (*FORMS, *(f"products-{dtype}" for dtype in PRODUCTS))
+    for name in (*FORMS, *(f"products-{dtype}" for dtype in PRODUCTS), *MERGES)
 ]
 
 
@@ -122,6 +125,19 @@ def products_of(dtype: str) -> InnerProducts:
     return InnerProducts(plain.params, plain.shards, [0], draw=1, seed=2, law="gauss16")
 
 
+def merge_of(form: str, sizes: Sequence[int] = (1 << 16,)) -> MergeStep:
+    bf16 = torch.bfloat16
+    halves = merging_cases.Case(sizes=sizes, storage="bf16", grad=bf16, state=bf16, tau=bf16)
+    changes: dict = {
+        "merge-everything": {"method": "dare_paper", "master": True, "steps_k": True},
+        "merge-split8": {"storage": "bf16-split8"},
+        "merge-ties-sparse": {"method": "ties", "sparse": True},
+        "merge-paper": {"method": "ties_paper", "storage": "fp32", "state": torch.float32},
+        "merge-ema": {"method": "ema", "shards": [(8, 64, 72)] * len(sizes)},
+    }[form]
+    return merging_cases.make_step(replace(halves, **changes))
+
+
 class Driver:
     """A driver of a GPU that is not there."""
 
@@ -148,12 +164,13 @@ def compiled_for(name: str) -> Iterator[list]:
     """What would be launched on that GPU is compiled and collected instead."""
     from triton.runtime import driver
 
-    from zokern.backends.triton import launch, noise, perturb, products, update
+    from zokern.backends.triton import launch, merging, noise, perturb, products, update
 
     kernels = []
     launched = (
         perturb.perturb_kernel,
         update.update_kernel,
+        merging.merge_step_kernel,
         products.inner_products_kernel,
         noise.sample_kernel,
     )
@@ -246,7 +263,7 @@ def amd_tile_report(kernel) -> dict:
 
 
 def main() -> None:
-    from zokern.backends.triton import noise, perturb, products, update
+    from zokern.backends.triton import merging, noise, perturb, products, update
 
     reports: dict[str, object] = {}
     for target in TARGETS:
@@ -266,6 +283,9 @@ def main() -> None:
                 for dtype in PRODUCTS:
                     products.inner_products(products_of(dtype))
                     reports[f"{target}-products-{dtype}"] = report(kernels[-1])
+                for form in MERGES:
+                    merging.merge_step_(merge_of(form))
+                    reports[f"{target}-{form}"] = report(kernels[-1])
             for law in LAWS:
                 noise.sample(law, 100, **SAMPLE, device=torch.device("cpu"))
     with compiled_for("sm_90") as kernels:
@@ -274,6 +294,8 @@ def main() -> None:
             plain = replace(sweep(Case(), small, count=1 + seed % 40), seed=seed)
             perturb.perturb_(plain)
             update.perturb_(replace(plain, masters=[p.float() for p in plain.params], rest=0))
+            step = merge_of("merge-everything", [1 + small % 1000] * (1 + seed % 40))
+            merging.merge_step_(replace(step, mask=replace(step.mask, seed=seed)))
             operands = (plain.params, plain.shards, plain.tensor_ids)
             products.inner_products(InnerProducts(*operands, draw, seed, "gauss16"))
             sample = {"seed": seed, "draw": draw, "tensor_id": small, "offset": small}
@@ -339,7 +361,7 @@ def test_instructions_for_a_parameter(reports, name, budget):
 
 
 def test_other_numbers_do_not_compile_again(reports):
-    assert reports["distinct"] == 4
+    assert reports["distinct"] == 5
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ Triton is imported when it is first asked for: the package works without it.
 import torch
 from torch import Tensor
 
+from zokern.merging import MergeStep
 from zokern.sweep import InnerProducts, Sweep
 
-__all__ = ["inner_products", "perturb_", "sample", "why_not", "why_not_by_default"]
+__all__ = ["inner_products", "merge_step_", "perturb_", "sample", "why_not", "why_not_by_default"]
 
 
 def why_not(device: torch.device) -> str | None:
@@ -29,6 +30,12 @@ def perturb_(sweep: Sweep) -> None:
     from zokern.backends.triton import perturb, update
 
     (perturb if sweep.is_plain else update).perturb_(sweep)
+
+
+def merge_step_(step: MergeStep) -> None:
+    from zokern.backends.triton import merging
+
+    merging.merge_step_(step)
 
 
 def inner_products(products: InnerProducts) -> Tensor:
