@@ -124,6 +124,30 @@ class Selection:
 class L1Sums:
     def __init__(self, *, values: Values, masks: Masks) -> None: ...
 
+class DeltaMerge:
+    def __init__(
+        self,
+        *,
+        outs: list[_Dense],
+        bases: list[_Dense],
+        models: list[list[_Dense]],
+        numels: list[int],
+        tensor_ids: list[int],
+        weights: Sequence[float],
+        ratios: int,
+        thresholds: int,
+        cuts: int,
+        limits: Sequence[int],
+        draws: Sequence[int],
+        seed: int,
+        rounded: bool,
+        votes: int,
+        zero_up: bool,
+        combine: int,
+        divisor: float,
+        scale: float,
+    ) -> None: ...
+
 def cpu_capabilities() -> list[str]: ...
 def cpu_sweep(sweep: Sweep, capability: str, threads: int, /) -> None: ...
 def cpu_merge_step(step: MergeStep, capability: str, threads: int, /) -> None: ...
@@ -151,6 +175,7 @@ def cpu_select(
     /,
 ) -> None: ...
 def cpu_l1_sums(sums: L1Sums, out: int, capability: str, threads: int, /) -> None: ...
+def cpu_merge_deltas(merge: DeltaMerge, capability: str, threads: int, /) -> None: ...
 
 # The bodies of the CUDA kernels, run on the host over a simulated grid.
 def host_grid_sweep(sweep: Sweep, /) -> None: ...
@@ -159,6 +184,10 @@ def host_grid_inner_products(products: Products, out: int, /) -> None: ...
 def host_grid_sample(
     law: int, numel: int, seed: int, draw: int, tensor_id: int, offset: int, out: int, /
 ) -> None: ...
+def host_grid_select(
+    selection: Selection, thresholds: int, cuts: int, largest: int, shared_bytes: int, /
+) -> None: ...
+def host_grid_l1_sums(sums: L1Sums, out: int, /) -> None: ...
 def cuda_architectures() -> list[int]: ...
 
 # Only in a build with CUDA, that is where cuda_architectures() is not empty.
@@ -182,3 +211,18 @@ def cuda_sample(
     stream: int,
     /,
 ) -> None: ...
+
+# Bytes of device memory, zeros for a selection, whose largest magnitudes must be zeros too.
+def cuda_select_scratch(selection: Selection, device: int, /) -> int: ...
+def cuda_select(
+    selection: Selection,
+    thresholds: int,
+    cuts: int,
+    largest: int,
+    scratch: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def l1_scratch(sums: L1Sums, /) -> int: ...
+def cuda_l1_sums(sums: L1Sums, out: int, scratch: int, device: int, stream: int, /) -> None: ...

@@ -94,40 +94,48 @@ def _merge_step_fake(*arguments) -> None:
 
 def _flat(step: MergeStep, members: list[int]) -> tuple:
     """The arguments of the schema for some of the tensors."""
-    whole = len(members) == len(step.params)
+    count = len(step.params)
+    whole = len(members) == count
 
-    def own(tensors: list | None) -> list:
-        return [] if tensors is None else pick(tensors, members)
+    def own(name: str, entries: list | None) -> list:
+        if entries is None:
+            return []
+        if len(entries) != count:
+            raise ValueError(
+                f"{name} must have {count} entries for {count} tensors, not {len(entries)}"
+            )
+        return pick(entries, members)
 
-    def entries(table: Tensor | None) -> Tensor | None:
+    def rows(table: Tensor | None) -> Tensor | None:
         return table if table is None or whole else table[members]
 
-    residuals = [r for i in members if (r := step.residuals[i]) is not None]
-    slots = iter(range(len(residuals)))
     steps, mask = step.steps, step.mask
-    taus, starts, places = _flat_taus(own(step.taus))
+    own_residuals = own("residuals", step.residuals)
+    residuals = [residual for residual in own_residuals if residual is not None]
+    slots = iter(range(len(residuals)))
+    taus, starts, places = _flat_taus(own("taus", step.taus))
     return (
-        own(step.params),
+        pick(step.params, members),
         residuals,
-        [-1 if step.residuals[i] is None else next(slots) for i in members],
-        own(step.masters),
-        own(steps.grads),
-        own(steps.exp_avgs),
-        own(steps.exp_avg_sqs),
-        own(steps.cached),
-        entries(steps.numbers),
-        entries(steps.merges),
+        [-1 if residual is None else next(slots) for residual in own_residuals],
+        own("masters", step.masters),
+        own("grads", steps.grads),
+        own("exp_avgs", steps.exp_avgs),
+        own("exp_avg_sqs", steps.exp_avg_sqs),
+        own("cached", steps.cached),
+        rows(steps.numbers),
+        rows(steps.merges),
         taus,
         starts,
         places,
-        entries(mask.thresholds),
-        entries(mask.cuts),
-        entries(mask.draws),
-        entries(mask.limits),
+        rows(mask.thresholds),
+        rows(mask.cuts),
+        rows(mask.draws),
+        rows(mask.limits),
         step.method,
         signed(mask.seed),
-        own(mask.tensor_ids),
-        [n for i in members for n in mask.shards[i]],
+        own("tensor_ids", mask.tensor_ids),
+        [n for shard in own("shards", mask.shards) for n in shard],
     )
 
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "../magnitudes.h"
 #include "../merging.h"
 #include "../sums.h"
 #include "../sweep.h"
@@ -32,6 +33,16 @@ void sum_partials(const Products& products, const ExactProducts* partials, doubl
 void cuda_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
                  int64_t offset, void* out, int device, uintptr_t stream);
 
+// A selection's answers go to device memory; `largest` must be zeros, and so must `scratch`, of as
+// many bytes as cuda_select_scratch says.
+size_t cuda_select_scratch(const Selection& selection, int device);
+void cuda_select(const Selection& selection, const Thresholds& out, void* scratch, int device,
+                 uintptr_t stream);
+
+// Two sums for each tensor, to device memory; scratch of l1_scratch bytes.
+size_t l1_scratch(const L1Sums& sums);
+void cuda_l1_sums(const L1Sums& sums, float* out, void* scratch, int device, uintptr_t stream);
+
 // The compute capabilities compiled in, such as {80, 90, 100}; newer devices compile the newest
 // one's PTX.
 std::vector<int> cuda_architectures();
@@ -46,5 +57,7 @@ void host_grid_merge_step(const MergeStep& step);
 void host_grid_inner_products(const Products& products, double* out);
 void host_grid_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
                       int64_t offset, void* out);
+void host_grid_select(const Selection& selection, const Thresholds& out, size_t shared_bytes);
+void host_grid_l1_sums(const L1Sums& sums, float* out);
 
 }  // namespace zokern

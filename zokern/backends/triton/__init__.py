@@ -6,10 +6,19 @@ Triton is imported when it is first asked for: the package works without it.
 import torch
 from torch import Tensor
 
-from zokern.merging import MergeStep
+from zokern.merging import L1Sums, MergeStep, Selection
 from zokern.sweep import InnerProducts, Sweep
 
-__all__ = ["inner_products", "merge_step_", "perturb_", "sample", "why_not", "why_not_by_default"]
+__all__ = [
+    "inner_products",
+    "l1_sums",
+    "merge_step_",
+    "perturb_",
+    "sample",
+    "select",
+    "why_not",
+    "why_not_by_default",
+]
 
 
 def why_not(device: torch.device) -> str | None:
@@ -60,3 +69,15 @@ def sample(
     return noise.sample(
         law, numel, seed=seed, draw=draw, tensor_id=tensor_id, offset=offset, device=device
     )
+
+
+def select(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+    from zokern.backends.triton import selection as kernels
+
+    return kernels.select(selection)
+
+
+def l1_sums(sums: L1Sums) -> Tensor:
+    from zokern.backends.triton import l1
+
+    return l1.l1_sums(sums)

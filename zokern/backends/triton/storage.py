@@ -136,15 +136,6 @@ def store_tile(STORAGE: tl.constexpr, address, residual, access, value):
 
 
 @triton.jit
-def rounded(STORAGE: tl.constexpr, value):
-    """The values that are read back where these were stored, in a storage without a residual."""
-    if STORAGE == "bf16":
-        return _decode(STORAGE, _round(STORAGE, value).to(tl.uint32), None)
-    else:
-        return _decode(STORAGE, _round(STORAGE, value), None)
-
-
-@triton.jit
 def _decode(STORAGE: tl.constexpr, param, residual):
     """The float32 value; a storage without a residual does not look at it."""
     if STORAGE == "fp32" or STORAGE == "fp16":
@@ -176,6 +167,17 @@ def _round(STORAGE: tl.constexpr, value):
         return (rounded >> 16).to(tl.uint16)
     else:
         return value.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+
+
+@triton.jit
+def rounded(STORAGE: tl.constexpr, value):
+    """A float32 value rounded to a storage without a residual, as float32 again."""
+    if STORAGE == "fp32":
+        return value
+    elif STORAGE == "fp16":
+        return value.to(tl.float16).to(tl.float32)
+    else:
+        return _decode(STORAGE, _round(STORAGE, value).to(tl.uint32), None)
 
 
 @triton.jit
