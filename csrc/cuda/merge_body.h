@@ -6,6 +6,7 @@
 #include "../sparse_tau.h"
 #include "context.h"
 #include "unit.h"
+#include "value_body.h"
 
 namespace zokern {
 
@@ -42,17 +43,6 @@ ZK_FN void store_dense(const DenseTensor& dense, const Unit& unit, const float* 
         store_to<Storage::fp16>(data, nullptr, unit, values);
     else
         store_to<Storage::fp32>(data, nullptr, unit, values);
-}
-
-// Rounds values as storing them in a tensor of that type would.
-ZK_FN void round_to(Storage type, float* values) {
-    if (type == Storage::bf16) {
-        ZK_UNROLL
-        for (int j = 0; j < 8; ++j) values[j] = from_bf16(to_bf16(values[j]));
-    } else if (type == Storage::fp16) {
-        ZK_UNROLL
-        for (int j = 0; j < 8; ++j) values[j] = from_fp16(to_fp16(values[j]));
-    }
 }
 
 // An octet may lie in two buckets.
@@ -154,11 +144,9 @@ ZK_FN void adam_octet(const AdamTensor& adam, const AdamNumbers& n, const Unit& 
     ZK_UNROLL
     for (int j = 0; j < 8; ++j) {
         const Moments moments = next_moments(n, grad[j], {first[j], second[j]});
-        first[j] = moments.first;
-        second[j] = moments.second;
+        first[j] = rounded_to(adam.exp_avg.type, moments.first);
+        second[j] = rounded_to(adam.exp_avg_sq.type, moments.second);
     }
-    round_to(adam.exp_avg.type, first);
-    round_to(adam.exp_avg_sq.type, second);
     store_dense(adam.exp_avg, unit, first);
     store_dense(adam.exp_avg_sq, unit, second);
     ZK_UNROLL

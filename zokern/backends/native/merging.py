@@ -1,11 +1,11 @@
 """A merging optimizer's step, by the native core."""
 
 import torch
-from torch import Tensor
 
 import zokern._C as _C
 from zokern.backends.native.capability import cpu_capability
 from zokern.backends.native.perturb import STORAGES, address
+from zokern.backends.tables import Tables
 from zokern.merging import METHODS, AdamSteps, Mask, MergeStep, SparseTau, row_major
 
 
@@ -19,23 +19,6 @@ def merge_step_(step: MergeStep) -> None:
             with torch.cuda.device(device):
                 stream = torch.cuda.current_stream().cuda_stream
                 _C.cuda_merge_step(pack(rows, tables), device.index, stream)
-
-
-class Tables:
-    """Puts what has a row for each tensor where the kernels read it, and keeps it there."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._kept: list[Tensor] = []
-
-    def rows(self, table: Tensor | None, count: int) -> list[int]:
-        """The address of each tensor's row; 0 where there is no table."""
-        if table is None:
-            return [0] * count
-        here = table.to(self._device, non_blocking=True).contiguous()
-        self._kept.append(here)
-        size = here[0].numel() * here.element_size()
-        return [here.data_ptr() + i * size for i in range(count)]
 
 
 def pack(step: MergeStep, tables: Tables) -> _C.MergeStep:
