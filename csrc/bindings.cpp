@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-
 #include "cpu/cpu.h"
 #include "cuda/cuda.h"
 #include "deltas.h"
@@ -82,46 +80,10 @@ Products make_products(const std::vector<Dense>& vectors, const Ints& numels, co
     return products;
 }
 
-AdamTensor make_adam(const Dense& grad, const Dense& exp_avg, const Dense& exp_avg_sq,
-                     uintptr_t cached, uintptr_t numbers, uintptr_t merges) {
-    return {dense_tensor(grad),
-            dense_tensor(exp_avg),
-            dense_tensor(exp_avg_sq),
-            reinterpret_cast<const float*>(cached),
-            reinterpret_cast<const AdamNumbers*>(numbers),
-            reinterpret_cast<const int64_t*>(merges)};
-}
-
-// (threshold, cut, draw, limit), each an address; (offset, row_length, row_stride); tensor_id.
-MaskTensor make_mask(const std::array<uintptr_t, 4>& entries, const std::array<int64_t, 3>& shard,
-                     uint64_t tensor_id) {
-    return {reinterpret_cast<const float*>(entries[0]),
-            reinterpret_cast<const int64_t*>(entries[1]),
-            reinterpret_cast<const int64_t*>(entries[2]),
-            reinterpret_cast<const int64_t*>(entries[3]),
-            shard[0],
-            shard[1],
-            shard[2],
-            tensor_id};
-}
-
 // (values, starts, places); (0, …) where there is no τ.
 TauTensor make_tau(const Dense& values, uintptr_t starts, uintptr_t places) {
     return {dense_tensor(values), reinterpret_cast<const int64_t*>(starts),
             reinterpret_cast<const uint16_t*>(places)};
-}
-
-MergeTensor make_merge_tensor(uintptr_t param, uintptr_t residual, uintptr_t master, int64_t numel,
-                              int storage, const AdamTensor& adam, const MaskTensor& mask,
-                              const TauTensor& tau) {
-    return {reinterpret_cast<void*>(param),
-            reinterpret_cast<void*>(residual),
-            reinterpret_cast<float*>(master),
-            numel,
-            Storage(storage),
-            adam,
-            mask,
-            tau};
 }
 
 // `ratios`, `thresholds` and `cuts` have a row for each model with a number for each tensor; 0
@@ -214,6 +176,21 @@ Masks make_masks(uintptr_t thresholds, uintptr_t cuts, uintptr_t draws, uintptr_
     return result;
 }
 
+// The values are Adam's, whose moments are written.
+MergeStep make_merge_step(const Pointers& params, const Pointers& residuals,
+                          const Pointers& masters, const std::vector<int>& storages,
+                          const Values& values, const Masks& masks,
+                          const std::vector<TauTensor>& taus, int method) {
+    MergeStep step{{}, Method(method), masks.seed};
+    for (size_t i = 0; i < params.size(); ++i) {
+        step.tensors.push_back(
+            {reinterpret_cast<void*>(params[i]), reinterpret_cast<void*>(residuals.at(i)),
+             reinterpret_cast<float*>(masters.at(i)), values.at(i).numel, Storage(storages.at(i)),
+             values[i].adam, masks.masks.at(i), taus.at(i)});
+    }
+    return step;
+}
+
 }  // namespace
 }  // namespace zokern
 
@@ -239,14 +216,7 @@ PYBIND11_MODULE(_C, m) {
              py::arg("draws"), py::arg("seed"), py::arg("rounded"), py::arg("votes"),
              py::arg("zero_up"), py::arg("combine"), py::arg("divisor"), py::arg("scale"));
 
-    py::class_<AdamTensor>(m, "AdamTensor").def(py::init(&make_adam));
-    py::class_<MaskTensor>(m, "MaskTensor").def(py::init(&make_mask));
     py::class_<TauTensor>(m, "TauTensor").def(py::init(&make_tau));
-    py::class_<MergeTensor>(m, "MergeTensor").def(py::init(&make_merge_tensor));
-    py::class_<MergeStep>(m, "MergeStep")
-        .def(py::init([](std::vector<MergeTensor> tensors, int method, uint64_t seed) {
-            return MergeStep{std::move(tensors), Method(method), seed};
-        }));
     py::class_<Values>(m, "Values")
         .def(py::init(&make_values), py::kw_only(), py::arg("tensors"), py::arg("numels"),
              py::arg("bases"), py::arg("rounded"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
@@ -265,6 +235,10 @@ PYBIND11_MODULE(_C, m) {
                  return L1Sums{values, masks.masks, masks.seed};
              }),
              py::kw_only(), py::arg("values"), py::arg("masks"));
+    py::class_<MergeStep>(m, "MergeStep")
+        .def(py::init(&make_merge_step), py::kw_only(), py::arg("params"), py::arg("residuals"),
+             py::arg("masters"), py::arg("storages"), py::arg("values"), py::arg("masks"),
+             py::arg("taus"), py::arg("method"));
 
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
     m.def("cpu_capabilities", &cpu_capabilities);

@@ -49,42 +49,22 @@ class Products:
         draw: int,
     ) -> None: ...
 
-class AdamTensor:
-    def __init__(
-        self,
-        grad: _Dense,
-        exp_avg: _Dense,
-        exp_avg_sq: _Dense,
-        cached: int,
-        numbers: int,
-        merges: int,
-        /,
-    ) -> None: ...
-
-class MaskTensor:
-    def __init__(
-        self, entries: tuple[int, ...], shard: tuple[int, ...], tensor_id: int, /
-    ) -> None: ...
-
 class TauTensor:
     def __init__(self, values: _Dense, starts: int, places: int, /) -> None: ...
 
-class MergeTensor:
+class MergeStep:
     def __init__(
         self,
-        param: int,
-        residual: int,
-        master: int,
-        numel: int,
-        storage: int,
-        adam: AdamTensor,
-        mask: MaskTensor,
-        tau: TauTensor,
-        /,
+        *,
+        params: list[int],
+        residuals: list[int],
+        masters: list[int],
+        storages: list[int],
+        values: Values,
+        masks: Masks,
+        taus: list[TauTensor],
+        method: int,
     ) -> None: ...
-
-class MergeStep:
-    def __init__(self, tensors: list[MergeTensor], method: int, seed: int, /) -> None: ...
 
 class Values:
     def __init__(

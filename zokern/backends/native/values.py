@@ -54,7 +54,9 @@ def _pack_steps(steps: AdamSteps) -> PackedValues:
     device = steps.grads[0].device
     grads, exp_avgs = _contiguous(steps.grads), _contiguous(steps.exp_avgs)
     exp_avg_sqs, cached = _contiguous(steps.exp_avg_sqs), _contiguous(steps.cached or [])
-    tables = [table.to(device).contiguous() for table in (steps.numbers, steps.merges)]
+    tables = [
+        table.to(device, non_blocking=True).contiguous() for table in (steps.numbers, steps.merges)
+    ]
     packed = _C.Values(
         tensors=[address(grad) for grad in grads],
         numels=[grad.numel() for grad in grads],
@@ -72,7 +74,7 @@ def _pack_steps(steps: AdamSteps) -> PackedValues:
 
 def pack_masks(mask: Mask, device: torch.device) -> PackedMasks:
     def on_device(table: Tensor | None) -> list[Tensor]:
-        return [] if table is None else [table.to(device).contiguous()]
+        return [] if table is None else [table.to(device, non_blocking=True).contiguous()]
 
     thresholds, cuts = on_device(mask.thresholds), on_device(mask.cuts)
     draws, limits = on_device(mask.draws), on_device(mask.limits)

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zokern.backends.tables import Tables
 from zokern.backends.triton.launch import INTERPRETED, OPTIONS, on, target
 from zokern.backends.triton.noise import fma, octet_values
 from zokern.backends.triton.storage import load, load_tile, rounded, storage_of, store_tile
+from zokern.backends.triton.tables import Tables
 from zokern.backends.triton.tiles import (
     PLACE,
     address_of,
