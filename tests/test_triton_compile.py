@@ -76,15 +76,16 @@ COMPILED = [
     for target in TARGETS
     for name in (CASES | MORE_CASES if target in ONE_OF_EACH_MAKER else CASES)
 ]
-# Sweeps that are not plain, inner products with vectors of a dtype, and merging steps.
+# Sweeps that are not plain, and inner products with vectors of a dtype.
 FORMS = ("master-evaluates", "momentum", "two-dense", "everything")
 PRODUCTS = ("fp32", "bf16")
-MERGES = ("merge-everything", "merge-split8", "merge-ties-sparse", "merge-paper", "merge-ema")
 # What magnitudes are selected from, and what is launched for them.
 VALUES = ("plain", "rounded", "adam")
 KERNELS = ("count", "ties", "cut", "sums")
 # Merges of models: at random, of elected signs, and of models of several dtypes.
 MERGES = ("merge-linear", "merge-random", "merge-ties", "merge-max", "merge-mixed")
+# Steps of merging optimizers.
+STEPS = ("step-everything", "step-split8", "step-ties-sparse", "step-paper", "step-ema")
 OTHERS = [
     f"{target}-{name}"
     for target in ONE_OF_EACH_MAKER
@@ -93,6 +94,7 @@ OTHERS = [
         *(f"products-{dtype}" for dtype in PRODUCTS),
         *(f"{values}-{kernel}" for values in VALUES for kernel in KERNELS),
         *MERGES,
+        *STEPS,
     )
 ]
 
@@ -202,15 +204,15 @@ def select_and_sum(kernels: list, name: str) -> dict:
     return dict(zip(KERNELS, (count, ties, cut, kernels[-2]), strict=True))
 
 
-def merge_of(form: str, sizes: Sequence[int] = (1 << 16,)) -> MergeStep:
+def step_of(form: str, sizes: Sequence[int] = (1 << 16,)) -> MergeStep:
     bf16 = torch.bfloat16
     halves = merging_cases.Case(sizes=sizes, storage="bf16", grad=bf16, state=bf16, tau=bf16)
     changes: dict = {
-        "merge-everything": {"method": "dare_paper", "master": True, "steps_k": True},
-        "merge-split8": {"storage": "bf16-split8"},
-        "merge-ties-sparse": {"method": "ties", "sparse": True},
-        "merge-paper": {"method": "ties_paper", "storage": "fp32", "state": torch.float32},
-        "merge-ema": {"method": "ema", "shards": [(8, 64, 72)] * len(sizes)},
+        "step-everything": {"method": "dare_paper", "master": True, "steps_k": True},
+        "step-split8": {"storage": "bf16-split8"},
+        "step-ties-sparse": {"method": "ties", "sparse": True},
+        "step-paper": {"method": "ties_paper", "storage": "fp32", "state": torch.float32},
+        "step-ema": {"method": "ema", "shards": [(8, 64, 72)] * len(sizes)},
     }[form]
     return merging_cases.make_step(replace(halves, **changes))
 
@@ -376,8 +378,8 @@ def main() -> None:
                 for dtype in PRODUCTS:
                     products.inner_products(products_of(dtype))
                     reports[f"{target}-products-{dtype}"] = report(kernels[-1])
-                for form in MERGES:
-                    merging.merge_step_(merge_of(form))
+                for form in STEPS:
+                    merging.merge_step_(step_of(form))
                     reports[f"{target}-{form}"] = report(kernels[-1])
                 for values in VALUES:
                     for name, kernel in select_and_sum(kernels, values).items():
@@ -393,7 +395,7 @@ def main() -> None:
             plain = replace(sweep(Case(), small, count=1 + seed % 40), seed=seed)
             perturb.perturb_(plain)
             update.perturb_(replace(plain, masters=[p.float() for p in plain.params], rest=0))
-            step = merge_of("merge-everything", [1 + small % 1000] * (1 + seed % 40))
+            step = step_of("step-everything", [1 + small % 1000] * (1 + seed % 40))
             merging.merge_step_(replace(step, mask=replace(step.mask, seed=seed)))
             operands = (plain.params, plain.shards, plain.tensor_ids)
             products.inner_products(InnerProducts(*operands, draw, seed, "gauss16"))
