@@ -35,7 +35,7 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [
         *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd", "-mavx512vnni"],
-        *["-mfma", "-mf16c"],
+        *["-mfma", "-mf16c", "-mprefer-vector-width=512"],
         # The intrinsics' own undefined operands set off these warnings in GCC 12.
         *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
     ],

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "cpu/cpu.h"
 #include "cuda/cuda.h"
 #include "deltas.h"
@@ -78,6 +80,48 @@ Products make_products(const std::vector<Dense>& vectors, const Ints& numels, co
                                     row_lengths.at(i), row_strides.at(i), tensor_ids.at(i)});
     }
     return products;
+}
+
+AdamTensor make_adam(const Dense& grad, const Dense& exp_avg, const Dense& exp_avg_sq,
+                     uintptr_t cached, uintptr_t numbers, uintptr_t merges) {
+    return {dense_tensor(grad),
+            dense_tensor(exp_avg),
+            dense_tensor(exp_avg_sq),
+            reinterpret_cast<const float*>(cached),
+            reinterpret_cast<const AdamNumbers*>(numbers),
+            reinterpret_cast<const int64_t*>(merges)};
+}
+
+// (threshold, cut, draw, limit), each an address; (offset, row_length, row_stride); tensor_id.
+MaskTensor make_mask(const std::array<uintptr_t, 4>& entries, const std::array<int64_t, 3>& shard,
+                     uint64_t tensor_id) {
+    return {reinterpret_cast<const float*>(entries[0]),
+            reinterpret_cast<const int64_t*>(entries[1]),
+            reinterpret_cast<const int64_t*>(entries[2]),
+            reinterpret_cast<const int64_t*>(entries[3]),
+            shard[0],
+            shard[1],
+            shard[2],
+            tensor_id};
+}
+
+// (values, starts, places); (0, …) where there is no τ.
+TauTensor make_tau(const Dense& values, uintptr_t starts, uintptr_t places) {
+    return {dense_tensor(values), reinterpret_cast<const int64_t*>(starts),
+            reinterpret_cast<const uint16_t*>(places)};
+}
+
+MergeTensor make_merge_tensor(uintptr_t param, uintptr_t residual, uintptr_t master, int64_t numel,
+                              int storage, const AdamTensor& adam, const MaskTensor& mask,
+                              const TauTensor& tau) {
+    return {reinterpret_cast<void*>(param),
+            reinterpret_cast<void*>(residual),
+            reinterpret_cast<float*>(master),
+            numel,
+            Storage(storage),
+            adam,
+            mask,
+            tau};
 }
 
 // `ratios`, `thresholds` and `cuts` have a row for each model with a number for each tensor; 0
@@ -195,6 +239,14 @@ PYBIND11_MODULE(_C, m) {
              py::arg("draws"), py::arg("seed"), py::arg("rounded"), py::arg("votes"),
              py::arg("zero_up"), py::arg("combine"), py::arg("divisor"), py::arg("scale"));
 
+    py::class_<AdamTensor>(m, "AdamTensor").def(py::init(&make_adam));
+    py::class_<MaskTensor>(m, "MaskTensor").def(py::init(&make_mask));
+    py::class_<TauTensor>(m, "TauTensor").def(py::init(&make_tau));
+    py::class_<MergeTensor>(m, "MergeTensor").def(py::init(&make_merge_tensor));
+    py::class_<MergeStep>(m, "MergeStep")
+        .def(py::init([](std::vector<MergeTensor> tensors, int method, uint64_t seed) {
+            return MergeStep{std::move(tensors), Method(method), seed};
+        }));
     py::class_<Values>(m, "Values")
         .def(py::init(&make_values), py::kw_only(), py::arg("tensors"), py::arg("numels"),
              py::arg("bases"), py::arg("rounded"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
@@ -217,6 +269,7 @@ PYBIND11_MODULE(_C, m) {
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
     m.def("cpu_capabilities", &cpu_capabilities);
     m.def("cpu_sweep", &cpu_sweep, no_gil);
+    m.def("cpu_merge_step", &cpu_merge_step, no_gil);
     m.def(
         "cpu_inner_products",
         [](const Products& products, uintptr_t out, const std::string& capability, int threads) {
@@ -256,6 +309,7 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("host_grid_merge_deltas", &host_grid_merge_deltas, no_gil);
     m.def("host_grid_sweep", &host_grid_sweep, no_gil);
+    m.def("host_grid_merge_step", &host_grid_merge_step, no_gil);
     m.def(
         "host_grid_inner_products",
         [](const Products& products, uintptr_t out) {
@@ -290,6 +344,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_why_not", &cuda_why_not);
     m.def("cuda_sweep", &cuda_sweep, no_gil);
     m.def("cuda_merge_deltas", &cuda_merge_deltas, no_gil);
+    m.def("cuda_merge_step", &cuda_merge_step, no_gil);
     m.def("count_partials", &count_partials);
     m.def(
         "cuda_inner_products",

@@ -38,6 +38,9 @@ struct MaskTensor {
 
 enum class Method : int { dare = 0, dare_paper = 1, ties = 2, ties_paper = 3, ema = 4 };
 
+// In dare_paper τ has a mask of its own on each step, whose draw is this far from the step's.
+constexpr uint32_t kTauDraws = 1u << 31;
+
 // Either dense (starts is null) or sparse, as SparseTau of zokern/merging.py.
 struct TauTensor {
     DenseTensor values;  // data is null where there is no τ

@@ -2,18 +2,21 @@
 
 import random
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
 import zokern
-from tests import test_merge, test_merge_deltas, zo
+from tests import merging_cases, test_merge, test_merge_deltas, zo
 from tests.same_bits import same_bits
 from tests.test_mezo import loss_of, make_model, same_weights
 from tests.test_perturb import DIRECTIONS, STORAGES, clone, make_operands
 from tests.test_sweep_forms import CASES, FORMS, make_case
 from tests.zo import METHODS
 from zokern import noise, ops
+from zokern.merging import METHODS as MERGES
+from zokern.sweep import Shard
 
 pytestmark = pytest.mark.gpu
 
@@ -136,6 +139,86 @@ def test_samples_are_those_of_the_reference(gpu_backend, law):
         got = noise.sample(law, numel, device="cuda", **arguments)
         with zokern.use_backend("reference"):
             assert same_bits(got.cpu(), noise.sample(law, numel, **arguments))
+
+
+@pytest.mark.parametrize("method", MERGES)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_merging_steps_are_those_of_the_reference(gpu_backend, storage, method):
+    case = merging_cases.Case(method, storage=storage, steps_k=method != "ema", grad=torch.bfloat16)
+    merging_cases.check(case, gpu_backend, "cuda")
+    shards = [(8 * i + i % 3, n, n) for i, n in enumerate(case.sizes)]
+    others = replace(case, state=torch.bfloat16, sparse=True, starts=(0, 1), shards=shards)
+    merging_cases.check(others, gpu_backend, "cuda")
+
+
+@pytest.mark.parametrize("method", ["dare_paper", "ties"])
+@pytest.mark.parametrize(("offset", "rows", "length", "stride"), [(8, 90, 64, 72), (3, 40, 7, 9)])
+def test_merging_steps_of_rows_and_masters(gpu_backend, method, offset, rows, length, stride):
+    shards = [(offset, length, stride)] * 2
+    case = merging_cases.Case(method, [rows * length] * 2, "bf16", master=True, shards=shards)
+    merging_cases.check(case, gpu_backend, "cuda")
+
+
+@pytest.mark.parametrize(("grad", "state", "tau"), [*product(merging_cases.FLOATS, repeat=3)])
+def test_merging_steps_of_every_dtype(gpu_backend, grad, state, tau):
+    case = merging_cases.Case(sizes=[100_003], grad=grad, state=state, tau=tau)
+    merging_cases.check(case, gpu_backend, "cuda")
+    merging_cases.check(replace(case, sparse=True), gpu_backend, "cuda")
+
+
+def test_a_merging_step_of_many_tensors(gpu_backend):
+    sizes = [1 + (i * 7919) % 5000 for i in range(500)]
+    merging_cases.check(merging_cases.Case("ties", sizes, "bf16"), gpu_backend, "cuda")
+
+
+def test_a_merging_step_waits_for_nothing(gpu_backend):
+    """Where its tables are on the device."""
+    if gpu_backend == "reference":
+        pytest.skip("the reference reads the tables on the host")
+    step = merging_cases.make_step(merging_cases.Case(), merging_cases.Memory("cuda"))
+    mask = replace(step.mask, draws=step.mask.draws.cuda(), limits=step.mask.limits.cuda())
+    steps = replace(step.steps, merges=step.steps.merges.cuda())
+    step = replace(step, mask=mask, steps=steps)
+    ops.merge_step_(step)  # what is compiled once has been
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.merge_step_(step)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def test_a_merging_step_of_more_than_two_to_the_31_elements(gpu_backend):
+    if gpu_backend == "reference":
+        pytest.skip("the reference would take too long")
+    numel, bf16 = (1 << 31) + 100, torch.bfloat16
+    end = merging_cases.Case(
+        "dare", [200], "bf16", grad=bf16, state=bf16, tau=None, shards=[(numel - 200, 200, 200)]
+    )
+    wanted = merging_cases.make_step(end)
+
+    def whole(tensors):
+        memory = torch.zeros(numel, dtype=bf16, device="cuda")
+        memory[-200:] = tensors[0]
+        return [memory]
+
+    steps = wanted.steps
+    got = replace(
+        wanted,
+        params=whole(wanted.params),
+        steps=replace(
+            steps,
+            grads=whole(steps.grads),
+            exp_avgs=whole(steps.exp_avgs),
+            exp_avg_sqs=whole(steps.exp_avg_sqs),
+        ),
+        mask=replace(wanted.mask, shards=[Shard(0, numel, numel)]),
+    )
+    ops.merge_step_(got)
+    with zokern.use_backend("reference"):
+        ops.merge_step_(wanted)
+    for (name, _, a), (_, _, b) in zip(got.written(), wanted.written(), strict=True):
+        assert same_bits(a[-200:].cpu(), b), name
 
 
 def test_many_tensors_of_a_large_model(gpu_backend):

@@ -27,7 +27,7 @@ def backend(request, monkeypatch) -> str:
 @pytest.fixture(autouse=True)
 def _few_at_a_time(monkeypatch):
     """So that some tensors are merged together and some alone."""
-    monkeypatch.setattr("zokern.merge_recipe.ELEMENTS", 2500)
+    monkeypatch.setattr("zokern.merge.recipe.ELEMENTS", 2500)
 
 
 def state(seed: int, dtype: torch.dtype = torch.float32, near: State | None = None) -> State:

@@ -200,7 +200,9 @@ NEAR = {
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("name", NEAR)
 def test_a_near_threshold_never_changes_the_result(backend, name, joined):
-    tensors = some(backend, [*tensors_of_all_kinds(), randn(1 << 17), randn(1 << 17).bfloat16()])
+    if backend == "triton" and name != "right":
+        pytest.skip("Triton's kernels do not look at near thresholds, and the interpreter is slow")
+    tensors = [*tensors_of_all_kinds(), randn(1 << 17), randn(1 << 17).bfloat16()]
     for k in some(backend, [0, 1000, 1, 2400]):
         wanted = ops.magnitude_threshold(tensors, k, joined=joined)
         near = NEAR[name](wanted[0])

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from tests import merging_cases
 from zokern.deltas import DeltaMerge
 from zokern.laws import LAWS
 from zokern.merging import (
@@ -27,6 +28,7 @@ from zokern.merging import (
     Differences,
     L1Sums,
     Mask,
+    MergeStep,
     Selection,
     Values,
 )
@@ -74,9 +76,10 @@ COMPILED = [
     for target in TARGETS
     for name in (CASES | MORE_CASES if target in ONE_OF_EACH_MAKER else CASES)
 ]
-# Sweeps that are not plain, and inner products with vectors of a dtype.
+# Sweeps that are not plain, inner products with vectors of a dtype, and merging steps.
 FORMS = ("master-evaluates", "momentum", "two-dense", "everything")
 PRODUCTS = ("fp32", "bf16")
+MERGES = ("merge-everything", "merge-split8", "merge-ties-sparse", "merge-paper", "merge-ema")
 # What magnitudes are selected from, and what is launched for them.
 VALUES = ("plain", "rounded", "adam")
 KERNELS = ("count", "ties", "cut", "sums")
@@ -199,6 +202,19 @@ def select_and_sum(kernels: list, name: str) -> dict:
     return dict(zip(KERNELS, (count, ties, cut, kernels[-2]), strict=True))
 
 
+def merge_of(form: str, sizes: Sequence[int] = (1 << 16,)) -> MergeStep:
+    bf16 = torch.bfloat16
+    halves = merging_cases.Case(sizes=sizes, storage="bf16", grad=bf16, state=bf16, tau=bf16)
+    changes: dict = {
+        "merge-everything": {"method": "dare_paper", "master": True, "steps_k": True},
+        "merge-split8": {"storage": "bf16-split8"},
+        "merge-ties-sparse": {"method": "ties", "sparse": True},
+        "merge-paper": {"method": "ties_paper", "storage": "fp32", "state": torch.float32},
+        "merge-ema": {"method": "ema", "shards": [(8, 64, 72)] * len(sizes)},
+    }[form]
+    return merging_cases.make_step(replace(halves, **changes))
+
+
 class Driver:
     """A driver of a GPU that is not there."""
 
@@ -229,6 +245,7 @@ def compiled_for(name: str) -> Iterator[list]:
         deltas,
         l1,
         launch,
+        merging,
         noise,
         perturb,
         products,
@@ -240,6 +257,7 @@ def compiled_for(name: str) -> Iterator[list]:
     launched = (
         perturb.perturb_kernel,
         update.update_kernel,
+        merging.merge_step_kernel,
         products.inner_products_kernel,
         noise.sample_kernel,
         selection.count_kernel,
@@ -338,7 +356,7 @@ def amd_tile_report(kernel) -> dict:
 
 
 def main() -> None:
-    from zokern.backends.triton import deltas, noise, perturb, products, update
+    from zokern.backends.triton import deltas, merging, noise, perturb, products, update
 
     reports: dict[str, object] = {}
     for target in TARGETS:
@@ -358,6 +376,9 @@ def main() -> None:
                 for dtype in PRODUCTS:
                     products.inner_products(products_of(dtype))
                     reports[f"{target}-products-{dtype}"] = report(kernels[-1])
+                for form in MERGES:
+                    merging.merge_step_(merge_of(form))
+                    reports[f"{target}-{form}"] = report(kernels[-1])
                 for values in VALUES:
                     for name, kernel in select_and_sum(kernels, values).items():
                         reports[f"{target}-{values}-{name}"] = report(kernel)
@@ -372,6 +393,8 @@ def main() -> None:
             plain = replace(sweep(Case(), small, count=1 + seed % 40), seed=seed)
             perturb.perturb_(plain)
             update.perturb_(replace(plain, masters=[p.float() for p in plain.params], rest=0))
+            step = merge_of("merge-everything", [1 + small % 1000] * (1 + seed % 40))
+            merging.merge_step_(replace(step, mask=replace(step.mask, seed=seed)))
             operands = (plain.params, plain.shards, plain.tensor_ids)
             products.inner_products(InnerProducts(*operands, draw, seed, "gauss16"))
             sample = {"seed": seed, "draw": draw, "tensor_id": small, "offset": small}
@@ -437,7 +460,7 @@ def test_instructions_for_a_parameter(reports, name, budget):
 
 
 def test_other_numbers_do_not_compile_again(reports):
-    assert reports["distinct"] == 4
+    assert reports["distinct"] == 5
 
 
 if __name__ == "__main__":

@@ -49,6 +49,43 @@ class Products:
         draw: int,
     ) -> None: ...
 
+class AdamTensor:
+    def __init__(
+        self,
+        grad: _Dense,
+        exp_avg: _Dense,
+        exp_avg_sq: _Dense,
+        cached: int,
+        numbers: int,
+        merges: int,
+        /,
+    ) -> None: ...
+
+class MaskTensor:
+    def __init__(
+        self, entries: tuple[int, ...], shard: tuple[int, ...], tensor_id: int, /
+    ) -> None: ...
+
+class TauTensor:
+    def __init__(self, values: _Dense, starts: int, places: int, /) -> None: ...
+
+class MergeTensor:
+    def __init__(
+        self,
+        param: int,
+        residual: int,
+        master: int,
+        numel: int,
+        storage: int,
+        adam: AdamTensor,
+        mask: MaskTensor,
+        tau: TauTensor,
+        /,
+    ) -> None: ...
+
+class MergeStep:
+    def __init__(self, tensors: list[MergeTensor], method: int, seed: int, /) -> None: ...
+
 class Values:
     def __init__(
         self,
@@ -113,6 +150,7 @@ class DeltaMerge:
 
 def cpu_capabilities() -> list[str]: ...
 def cpu_sweep(sweep: Sweep, capability: str, threads: int, /) -> None: ...
+def cpu_merge_step(step: MergeStep, capability: str, threads: int, /) -> None: ...
 def cpu_inner_products(products: Products, out: int, capability: str, threads: int, /) -> None: ...
 def cpu_sample(
     law: int,
@@ -142,6 +180,7 @@ def cpu_merge_deltas(merge: DeltaMerge, capability: str, threads: int, /) -> Non
 # The bodies of the CUDA kernels, run on the host over a simulated grid.
 def host_grid_sweep(sweep: Sweep, /) -> None: ...
 def host_grid_merge_deltas(merge: DeltaMerge, /) -> None: ...
+def host_grid_merge_step(step: MergeStep, /) -> None: ...
 def host_grid_inner_products(products: Products, out: int, /) -> None: ...
 def host_grid_sample(
     law: int, numel: int, seed: int, draw: int, tensor_id: int, offset: int, out: int, /
@@ -156,6 +195,7 @@ def cuda_architectures() -> list[int]: ...
 def cuda_why_not(device: int, /) -> str: ...
 def cuda_sweep(sweep: Sweep, device: int, stream: int, /) -> None: ...
 def cuda_merge_deltas(merge: DeltaMerge, device: int, stream: int, /) -> None: ...
+def cuda_merge_step(step: MergeStep, device: int, stream: int, /) -> None: ...
 
 # The partial sums, six float64 each, are added up on the host.
 def count_partials(products: Products, /) -> int: ...

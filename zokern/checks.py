@@ -1,5 +1,7 @@
 """What an operand must be to be swept in place. Each error names the operand and the reason."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -33,28 +35,28 @@ def check_operand(sweep: Sweep, i: int) -> None:
     param, residual, update = sweep.params[i], sweep.residuals[i], sweep.update
     argument, tensor = "params", param
     try:
-        _check_strided(param)
-        _check_dtype(param)
+        check_strided(param)
+        check_dtype(param)
         if param.device != sweep.params[0].device:
             raise ValueError(f"it is on {param.device}, params[0] on {sweep.params[0].device}")
-        _check_shard(param, sweep.shards[i], sweep.law)
+        check_shard(param, sweep.shards[i], sweep.law)
         if residual is not None:
             argument, tensor = "residuals", residual
-            _check_strided(residual)
-            _check_residual(param, residual)
+            check_strided(residual)
+            check_residual(param, residual)
         if sweep.masters is not None:
             argument, tensor = "masters", sweep.masters[i]
             if residual is not None:
                 raise ValueError("a parameter has a master or a residual, not both")
-            _check_float32_beside(param, tensor)
+            check_float32_beside(param, tensor)
         if update is not None and update.momenta is not None:
             argument, tensor = "momenta", update.momenta[i]
-            _check_float32_beside(param, tensor)
+            check_float32_beside(param, tensor)
         for j, vectors in enumerate(sweep.dense):
             argument, tensor = f"dense[{j}]", vectors[i]
             _check_dense(sweep, i, j)
     except (TypeError, ValueError) as error:
-        raise _named(error, argument, i, tensor) from None
+        raise named_error(error, argument, i, tensor) from None
 
 
 def check_form(sweep: Sweep) -> None:
@@ -69,14 +71,14 @@ def check_vector(products: InnerProducts, i: int) -> None:
     """Raises TypeError or ValueError, naming the vector, if there are no products with it."""
     vector = products.vectors[i]
     try:
-        _check_plain(vector)
-        _check_dtype(vector)
+        check_plain(vector)
+        check_dtype(vector)
         if vector.device != products.vectors[0].device:
             other = products.vectors[0].device
             raise ValueError(f"it is on {vector.device}, vectors[0] on {other}")
-        _check_shard(vector, products.shards[i], products.law)
+        check_shard(vector, products.shards[i], products.law)
     except (TypeError, ValueError) as error:
-        raise _named(error, "vectors", i, vector) from None
+        raise named_error(error, "vectors", i, vector) from None
 
 
 def check_delta_tensors(merge: DeltaMerge, i: int) -> None:
@@ -88,8 +90,8 @@ def check_delta_tensors(merge: DeltaMerge, i: int) -> None:
     operands += [(f"models[{m}]", model[i]) for m, model in enumerate(merge.models)]
     for name, tensor in operands:
         try:
-            _check_plain(tensor)
-            _check_dtype(tensor)
+            check_plain(tensor)
+            check_dtype(tensor)
             if tensor.shape != out.shape or tensor.device != device:
                 raise ValueError(
                     f"it must have the shape {tuple(out.shape)} of its output and the device "
@@ -100,7 +102,7 @@ def check_delta_tensors(merge: DeltaMerge, i: int) -> None:
                     raise ValueError(f"its strides are {out.stride()}: an output is contiguous")
                 check_elements(out.numel(), "uniform32")
         except (TypeError, ValueError) as error:
-            raise _named(error, name, i, tensor) from None
+            raise named_error(error, name, i, tensor) from None
 
 
 def check_difference(values: Differences, i: int) -> None:
@@ -112,7 +114,7 @@ def check_difference(values: Differences, i: int) -> None:
             argument, tensor = "bases", values.bases[i]
             _check_value(tensor, values.tensors[i], beside=True)
     except (TypeError, ValueError) as error:
-        raise _named(error, argument, i, tensor) from None
+        raise named_error(error, argument, i, tensor) from None
 
 
 def check_adam_step(steps: AdamSteps, i: int) -> None:
@@ -130,7 +132,7 @@ def check_adam_step(steps: AdamSteps, i: int) -> None:
             if tensor.dtype != torch.float32:
                 raise TypeError("its dtype must be float32")
     except (TypeError, ValueError) as error:
-        raise _named(error, argument, i, tensor) from None
+        raise named_error(error, argument, i, tensor) from None
 
 
 def check_adam_numbers(steps: AdamSteps) -> None:
@@ -149,24 +151,24 @@ def check_table(name: str, table: Tensor, dtype: torch.dtype, shape: tuple[int, 
 
 def _check_value(tensor: Tensor, other: Tensor, *, beside: bool = False) -> None:
     """One that is only read, in any memory format, on the device of the other."""
-    _check_plain(tensor)
-    _check_dtype(tensor)
+    check_plain(tensor)
+    check_dtype(tensor)
     if beside and tensor.shape != other.shape:
         raise ValueError(f"it must have the shape {tuple(other.shape)} of what it goes with")
     if tensor.device != other.device:
         raise ValueError(f"it must be on {other.device} with the others, not on {tensor.device}")
 
 
-def _named(error: Exception, argument: str, i: int, tensor: Tensor) -> Exception:
+def named_error(error: Exception, argument: str, i: int, tensor: Tensor) -> Exception:
     return type(error)(f"{argument}[{i}] (shape {tuple(tensor.shape)}, {tensor.dtype}): {error}")
 
 
-def _check_dtype(tensor: Tensor) -> None:
+def check_dtype(tensor: Tensor) -> None:
     if tensor.dtype not in PARAM_DTYPES:
         raise TypeError("its dtype must be float32, bfloat16 or float16")
 
 
-def _check_beside(param: Tensor, tensor: Tensor) -> None:
+def check_beside(param: Tensor, tensor: Tensor) -> None:
     if tensor.shape != param.shape or tensor.device != param.device:
         raise ValueError(
             f"it must have the shape {tuple(param.shape)} and the device {param.device} of its "
@@ -174,24 +176,24 @@ def _check_beside(param: Tensor, tensor: Tensor) -> None:
         )
 
 
-def _check_float32_beside(param: Tensor, tensor: Tensor) -> None:
-    _check_strided(tensor)
+def check_float32_beside(param: Tensor, tensor: Tensor) -> None:
+    check_strided(tensor)
     if tensor.dtype != torch.float32:
         raise TypeError("its dtype must be float32")
-    _check_beside(param, tensor)
+    check_beside(param, tensor)
 
 
 def _check_dense(sweep: Sweep, i: int, j: int) -> None:
     vector = sweep.dense[j][i]
-    _check_plain(vector)
-    _check_dtype(vector)
-    _check_beside(sweep.params[i], vector)
+    check_plain(vector)
+    check_dtype(vector)
+    check_beside(sweep.params[i], vector)
     momenta = None if sweep.update is None else sweep.update.momenta
     if momenta is not None and vector is momenta[i] and ~j in sweep.draws[sweep.rest :]:
         raise ValueError("a momentum that is updated can be a direction only before rest")
 
 
-def _check_plain(tensor: Tensor) -> None:
+def check_plain(tensor: Tensor) -> None:
     if is_traceable_wrapper_subclass(tensor):
         kind = type(tensor).__name__
         raise TypeError(f"it is a {kind}: give the local tensor that it wraps, with shards=")
@@ -199,8 +201,8 @@ def _check_plain(tensor: Tensor) -> None:
         raise TypeError(f"its layout is {tensor.layout}: only strided tensors are swept")
 
 
-def _check_strided(tensor: Tensor) -> None:
-    _check_plain(tensor)
+def check_strided(tensor: Tensor) -> None:
+    check_plain(tensor)
     if not is_dense(tensor):
         raise ValueError(
             f"its strides {tensor.stride()} leave holes or overlapping elements: a sweep in place "
@@ -209,7 +211,7 @@ def _check_strided(tensor: Tensor) -> None:
         )
 
 
-def _check_shard(param: Tensor, shard: Shard, law: str) -> None:
+def check_shard(param: Tensor, shard: Shard, law: str) -> None:
     numel = param.numel()
     if numel == 0:
         return
@@ -223,17 +225,21 @@ def _check_shard(param: Tensor, shard: Shard, law: str) -> None:
     check_elements(shard.offset + (rows - 1) * shard.row_stride + shard.row_length, law)
 
 
-def _check_residual(param: Tensor, residual: Tensor) -> None:
+def check_residual(param: Tensor, residual: Tensor) -> None:
     wanted = RESIDUAL_DTYPES[param.dtype]
     if residual.dtype not in wanted:
         which = " or ".join(str(dtype) for dtype in wanted) or "no residual"
         raise TypeError(f"a {param.dtype} parameter takes {which} beside it")
-    _check_beside(param, residual)
+    check_beside(param, residual)
     if _significant_strides(residual) != _significant_strides(param):
         raise ValueError(
             f"its strides {residual.stride()} must be those of its parameter, {param.stride()}: "
             "make it with torch.empty_like or zeros_like"
         )
+
+
+# (argument, position, tensor, whether it is written).
+Operands = Iterable[tuple[str, int, Tensor, bool]]
 
 
 def check_memory(sweep: Sweep) -> None:
@@ -247,11 +253,11 @@ def check_memory(sweep: Sweep) -> None:
         for i, vector in enumerate(vectors):
             if momenta is None or vector is not momenta[i]:
                 operands.append((f"dense[{j}]", i, vector, False))
-    check_overlap(operands)
+    check_disjoint(operands)
 
 
-def check_overlap(operands: list[tuple[str, int, Tensor, bool]]) -> None:
-    """Of operands (argument, position, tensor, whether it is written)."""
+def check_disjoint(operands: Operands) -> None:
+    """Raises ValueError, naming both, if one that is written shares memory with another."""
     # Sorted by where they begin, an operand overlaps one that is written only if it begins before
     # the end of everything before it.
     spans = sorted(

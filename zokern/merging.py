@@ -1,11 +1,14 @@
 """What the merging optimizers' operations do: the words in which ops speak to a backend."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from zokern.row_major import RowMajor
 from zokern.sweep import Shard
 
 
@@ -51,6 +54,29 @@ class SparseTau(NamedTuple):
     starts: Tensor
     places: Tensor
     values: Tensor
+
+
+BUCKET = 1 << 16
+
+
+def sparse_tau(tau: Tensor) -> SparseTau:
+    """The elements of a dense τ that are not 0."""
+    flat = tau.flatten()
+    places = flat.nonzero().flatten()
+    buckets = torch.arange(0, flat.numel() + BUCKET, BUCKET, device=tau.device)
+    starts = torch.searchsorted(places, buckets)
+    return SparseTau(starts, (places % BUCKET).to(torch.uint16).view(torch.int16), flat[places])
+
+
+def dense_tau(tau: Tensor | SparseTau, shape: torch.Size) -> Tensor:
+    """τ as a tensor of its parameter's shape."""
+    if isinstance(tau, Tensor):
+        return tau
+    buckets = torch.arange(len(tau.starts) - 1, device=tau.starts.device)
+    first = buckets.repeat_interleave(tau.starts.diff()) * BUCKET
+    flat = tau.values.new_zeros(shape.numel())
+    flat[first + (tau.places.long() & 0xFFFF)] = tau.values
+    return flat.view(shape)
 
 
 @dataclass(frozen=True)
@@ -143,3 +169,53 @@ class MergeStep:
     taus: list[Tensor | SparseTau] | None
     mask: Mask
     method: str
+
+    def written(self) -> Iterator[tuple[str, int, Tensor]]:
+        """The operands that it writes: argument, position, tensor."""
+        for name, tensors in (
+            ("params", self.params),
+            ("residuals", self.residuals),
+            ("masters", self.masters or []),
+            ("exp_avgs", self.steps.exp_avgs),
+            ("exp_avg_sqs", self.steps.exp_avg_sqs),
+            ("cached", self.steps.cached or []),
+        ):
+            for i, tensor in enumerate(tensors):
+                if tensor is not None:
+                    yield name, i, tensor
+
+    def read(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Those that it only reads, but for the entries for each tensor."""
+        for i, grad in enumerate(self.steps.grads):
+            yield "grads", i, grad
+        for i, tau in enumerate(self.taus or []):
+            for tensor in tau if isinstance(tau, SparseTau) else (tau,):
+                yield "taus", i, tensor
+
+
+def contiguous_steps(steps: AdamSteps, contiguous: RowMajor) -> AdamSteps:
+    return replace(
+        steps,
+        grads=[contiguous(grad) for grad in steps.grads],
+        exp_avgs=[contiguous(moment) for moment in steps.exp_avgs],
+        exp_avg_sqs=[contiguous(moment) for moment in steps.exp_avg_sqs],
+        cached=None if steps.cached is None else [contiguous(delta) for delta in steps.cached],
+    )
+
+
+@contextmanager
+def row_major(step: MergeStep) -> Iterator[MergeStep]:
+    """The step over operands that are contiguous; those that it writes are written back."""
+    contiguous = RowMajor()
+    taus = step.taus
+    if taus is not None:
+        taus = [tau if isinstance(tau, SparseTau) else contiguous(tau) for tau in taus]
+    yield replace(
+        step,
+        params=[contiguous(param) for param in step.params],
+        residuals=[None if r is None else contiguous(r) for r in step.residuals],
+        masters=None if step.masters is None else [contiguous(m) for m in step.masters],
+        steps=contiguous_steps(step.steps, contiguous),
+        taus=taus,
+    )
+    contiguous.write_back(tensor for _, _, tensor in step.written())

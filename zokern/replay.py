@@ -13,7 +13,7 @@ from zokern.checks import is_dense
 from zokern.laws import canonical_name
 from zokern.optim.base import ZOOptimizer
 from zokern.optim.displacement import Member
-from zokern.optim.zopro import plain_name
+from zokern.optim.names import plain_name
 from zokern.progress import progress_bar
 from zokern.trajectory import Record, Trajectory, TrajectoryError, check_run, describe_tensor
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from zokern.row_major import RowMajor
+
 
 class Shard(NamedTuple):
     """Where a tensor's elements lie in the full tensor whose noise they get.
@@ -106,20 +108,8 @@ class InnerProducts:
 
 @contextmanager
 def row_major(sweep: Sweep) -> Iterator[Sweep]:
-    """The sweep over operands that are contiguous, for kernels that take no others.
-
-    Elements are numbered in logical row-major order in every memory format, so an operand in
-    another dense format (channels_last, permuted) is copied, swept and copied back at the end.
-    """
-    copies: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def contiguous(tensor: Tensor) -> Tensor:
-        if tensor.is_contiguous():
-            return tensor
-        if id(tensor) not in copies:
-            copies[id(tensor)] = (tensor, tensor.contiguous())
-        return copies[id(tensor)][1]
-
+    """The sweep over operands that are contiguous; those that it writes are written back."""
+    contiguous = RowMajor()
     update = sweep.update
     if update is not None and update.momenta is not None:
         update = replace(update, momenta=[contiguous(momentum) for momentum in update.momenta])
@@ -131,7 +121,4 @@ def row_major(sweep: Sweep) -> Iterator[Sweep]:
         dense=[[contiguous(vector) for vector in vectors] for vectors in sweep.dense],
         update=update,
     )
-    written = {id(tensor) for _, _, tensor in sweep.written()}
-    for tensor, copy in copies.values():
-        if id(tensor) in written:
-            tensor.copy_(copy)
+    contiguous.write_back(tensor for _, _, tensor in sweep.written())

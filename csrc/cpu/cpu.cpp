@@ -80,6 +80,13 @@ void cpu_inner_products(const Products& products, double* out, const std::string
     }
 }
 
+void cpu_merge_step(const MergeStep& step, const std::string& capability, int threads) {
+    const CpuKernels& kernels = kernels_named(capability);
+    over_tensors(step.tensors, threads, [&](size_t i, int64_t begin, int64_t end) {
+        kernels.merge_step(step.method, step.seed, step.tensors[i], begin, end);
+    });
+}
+
 void cpu_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
                 int64_t offset, void* out, const std::string& capability, int threads) {
     const CpuKernels& kernels = kernels_named(capability);

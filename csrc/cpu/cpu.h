@@ -7,6 +7,7 @@
 
 #include "../deltas.h"
 #include "../magnitudes.h"
+#include "../merging.h"
 #include "../sweep.h"
 
 namespace zokern {
@@ -24,6 +25,8 @@ void cpu_sweep(const Sweep& sweep, const std::string& capability, int threads);
 // Three sums for each tensor: v·v, v·z and z·z.
 void cpu_inner_products(const Products& products, double* out, const std::string& capability,
                         int threads);
+
+void cpu_merge_step(const MergeStep& step, const std::string& capability, int threads);
 
 // float32 for directions, int64 for words.
 void cpu_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../deltas.h"
+#include "masks.h"
 #include "values.h"
 
 namespace zokern {
@@ -21,20 +22,6 @@ struct Ballot {
     const float *vote, *p;
     float vote_factor, p_factor;
 };
-
-// Elements [i, i + n) of an output.
-void store_dense(void* out, Storage type, int64_t i, int64_t n, const float* values) {
-    SweepTensor as_param{};
-    as_param.param = out;
-    switch (type) {
-        case Storage::bf16:
-            return store_block<Storage::bf16>(as_param, i, n, values);
-        case Storage::fp16:
-            return store_block<Storage::fp16>(as_param, i, n, values);
-        default:
-            return store_block<Storage::fp32>(as_param, i, n, values);
-    }
-}
 
 // A model's masked delta, times its ratio.
 void load_delta(const DeltaRules& rules, const DeltaTensor& tensor, const DeltaSource& source,

@@ -6,6 +6,7 @@
 //   accumulate<law>   t ← fma(c, z, s t) over whole steps
 //   load_block, store_block<storage>
 //   store_words       the words of groups, a multiple of 16 of them
+//   keep_below        values whose words are below a limit, 0 for the others
 //   accumulate_words  t ← t + z of given words
 #pragma once
 

@@ -7,6 +7,7 @@
 
 #include "../deltas.h"
 #include "../magnitudes.h"
+#include "../merging.h"
 #include "../sums.h"
 #include "../sweep.h"
 
@@ -54,6 +55,8 @@ struct CpuKernels {
     // Adds the magnitudes of elements [begin, end), and of those that the mask keeps.
     void (*l1_sums)(const ValueTensor&, const MaskTensor&, uint64_t seed, int64_t begin,
                     int64_t end, ExactSum& all, ExactSum& kept);
+    // Takes elements [begin, end) of one tensor through a merging optimizer's step.
+    void (*merge_step)(Method, uint64_t seed, const MergeTensor&, int64_t begin, int64_t end);
     // Merges elements [begin, end) of a tensor.
     void (*merge_deltas)(const DeltaRules&, const DeltaTensor&, const DeltaSource* sources,
                          int64_t begin, int64_t end);

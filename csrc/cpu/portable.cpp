@@ -44,6 +44,14 @@ void store_words(const Stream& stream, uint32_t group, int64_t groups, uint32_t*
     }
 }
 
+void keep_below(const Stream& stream, uint32_t group, int64_t count, uint32_t limit,
+                float* values) {
+    for (int64_t i = 0; i < count; i += 4, ++group) {
+        const Words words = group_words(stream, group);
+        for (int j = 0; j < 4; ++j) values[i + j] = words.w[j] < limit ? values[i + j] : 0.0f;
+    }
+}
+
 template <int bytes>
 uint32_t load_bits(const unsigned char* p) {
     uint32_t bits = 0;
@@ -103,9 +111,12 @@ int64_t filter(const float* values, int64_t n, const Bracket& bracket, uint32_t*
 
 #include "select_kernels.h"
 //
+#include "merge_driver.h"
+//
 #include "deltas.h"
 
 namespace zokern {
-const CpuKernels kPortableKernels = {"portable", sweep,        products,   sample,  values,
-                                     histogram,  count_equals, find_equal, l1_sums, merge_deltas};
+const CpuKernels kPortableKernels = {"portable", sweep,      products,     sample,
+                                     values,     histogram,  count_equals, find_equal,
+                                     l1_sums,    merge_step, merge_deltas};
 }  // namespace zokern

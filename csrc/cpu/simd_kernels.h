@@ -190,6 +190,24 @@ void store_words(const Stream& stream, uint32_t group, int64_t groups, uint32_t*
     }
 }
 
+// Takes 0 for those of `count` values whose words of uniform32 are not below the limit; the first
+// is that of `group`. Goes on to the end of a step.
+void keep_below(const Stream& stream, uint32_t group, int64_t count, uint32_t limit,
+                float* values) {
+    const PhiloxSource source{stream};
+    const I bound = Simd::set_i(limit), nothing = Simd::set_i(0);
+    const auto keep = [&](I words, float* at) {
+        const I kept = Simd::as_int(Simd::load(at));
+        const I left = Simd::select(Simd::less_unsigned(words, bound), kept, nothing);
+        Simd::store(at, Simd::as_float(left));
+    };
+    for (int64_t i = 0; i < count; i += 2 * Simd::kWidth, group += Simd::kGroups) {
+        const Rows rows = source.rows(group);
+        keep(rows.first, values + i);
+        keep(rows.second, values + i + Simd::kWidth);
+    }
+}
+
 template <Storage storage>
 F load_vector(const unsigned char* param, const unsigned char* residual) {
     if constexpr (storage == Storage::fp32) {

@@ -7,6 +7,7 @@
 #include "cuda.h"
 #include "delta_body.h"
 #include "launch.cuh"
+#include "merge_kernel.h"
 #include "plan.h"
 #include "product_body.h"
 #include "sample_body.h"
@@ -48,18 +49,20 @@ auto kernel_for(const ProductLaunch&) {
     return product_global<law>;
 }
 
+template <class Kernel, class Launch>
+void launch_one(Kernel kernel, const Launch& launch, uintptr_t stream, const char* what) {
+    kernel<<<launch.blocks, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(launch.batch);
+    check(cudaGetLastError(), what);
+}
+
 template <class Launch>
 void launch_all(Law law, const std::vector<Launch>& launches, int device, uintptr_t stream,
                 const char* what) {
     if (launches.empty()) return;
     const DeviceGuard guard(device);
     with_direction(law, [&](auto law) {
-        for (const Launch& launch : launches) {
-            const auto kernel = kernel_for<law()>(launch);
-            kernel<<<launch.blocks, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-                launch.batch);
-            check(cudaGetLastError(), what);
-        }
+        for (const Launch& launch : launches)
+            launch_one(kernel_for<law()>(launch), launch, stream, what);
     });
 }
 
@@ -82,6 +85,13 @@ void cuda_sweep(const Sweep& sweep, int device, uintptr_t stream) {
         launch_all(sweep.law, plan_sweep(sweep), device, stream, what);
     else
         launch_all(sweep.law, plan_update(sweep), device, stream, what);
+}
+
+void cuda_merge_step(const MergeStep& step, int device, uintptr_t stream) {
+    const DeviceGuard guard(device);
+    for (const MergeLaunch& launch : plan_merge(step))
+        launch_one(merge_kernel(launch.storage, launch.masters), launch, stream,
+                   "the launch of a merging step");
 }
 
 void cuda_inner_products(const Products& products, ExactProducts* partials, int device,

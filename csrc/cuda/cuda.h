@@ -7,6 +7,7 @@
 
 #include "../deltas.h"
 #include "../magnitudes.h"
+#include "../merging.h"
 #include "../sums.h"
 #include "../sweep.h"
 
@@ -17,6 +18,9 @@ namespace zokern {
 
 // At most kMaxDirections (plan.h) directions; more are an error.
 void cuda_sweep(const Sweep& sweep, int device, uintptr_t stream);
+
+// The entries for each tensor are read by the kernels: they lie on the device.
+void cuda_merge_step(const MergeStep& step, int device, uintptr_t stream);
 
 // Partial sums, as many as count_partials says; sum_partials makes of them, once they are on the
 // host, three sums v·v, v·z, z·z for each tensor.
@@ -52,6 +56,7 @@ std::string cuda_why_not(int device);
 // The kernels' own bodies, cut into the same launches, one thread after the other on the host.
 // Present in every build.
 void host_grid_sweep(const Sweep& sweep);
+void host_grid_merge_step(const MergeStep& step);
 void host_grid_inner_products(const Products& products, double* out);
 void host_grid_merge_deltas(const DeltaMerge& merge);
 void host_grid_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,

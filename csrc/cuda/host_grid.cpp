@@ -3,6 +3,7 @@
 #include "delta_body.h"
 #include "dispatch.h"
 #include "l1_body.h"
+#include "merge_body.h"
 #include "plan.h"
 #include "product_body.h"
 #include "sample_body.h"
@@ -35,6 +36,13 @@ void run(const UpdateLaunch& launch) {
     with_masters(launch.storage, launch.masters, [&](auto storage, auto masters) {
         run_grid(launch.blocks,
                  [&](HostContext at) { update_body<law, storage(), masters()>(at, launch.batch); });
+    });
+}
+
+void run(const MergeLaunch& launch) {
+    with_masters(launch.storage, launch.masters, [&](auto storage, auto masters) {
+        run_grid(launch.blocks,
+                 [&](HostContext at) { merge_body<storage(), masters()>(at, launch.batch); });
     });
 }
 
@@ -79,6 +87,10 @@ void host_grid_sweep(const Sweep& sweep) {
         run_all(sweep.law, plan_sweep(sweep));
     else
         run_all(sweep.law, plan_update(sweep));
+}
+
+void host_grid_merge_step(const MergeStep& step) {
+    for (const MergeLaunch& launch : plan_merge(step)) run(launch);
 }
 
 void host_grid_inner_products(const Products& products, double* out) {

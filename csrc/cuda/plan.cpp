@@ -143,6 +143,35 @@ std::vector<MoveLaunch<BatchType>> plan(const Sweep& sweep) {
     return launches;
 }
 
+MergeOperand describe(const MergeTensor& t) {
+    const MaskTensor& mask = t.mask;
+    const ProductTensor place = {
+        {}, t.numel, mask.offset, mask.row_length, mask.row_stride, mask.tensor_id};
+    MergeOperand o{};
+    static_cast<Extent&>(o) = extent_of(place, Law::uniform32);
+    o.tensor = t;
+    o.vectors = on_boundaries(t.param, param_bytes(t.storage), o) &&
+                on_boundaries(t.residual, residual_bytes(t.storage), o) &&
+                on_boundaries(t.master, sizeof(float), o) &&
+                on_boundaries(t.adam.cached, sizeof(float), o) && on_boundaries(t.adam.grad, o) &&
+                on_boundaries(t.adam.exp_avg, o) && on_boundaries(t.adam.exp_avg_sq, o) &&
+                (t.tau.starts != nullptr || on_boundaries(t.tau.values, o));
+    return o;
+}
+
+// Adds launches of one kernel, which begin as copies of an empty one.
+void add_launches(const MergeLaunch& empty, const std::vector<MergeOperand>& operands,
+                  std::vector<MergeLaunch>& launches) {
+    launches.push_back(empty);
+    for (const MergeOperand& operand : operands) {
+        const uint64_t blocks = blocks_of(operand, empty.batch.steps);
+        if (launches.back().batch.operand_count == MergeBatch::kMaxOperands ||
+            launches.back().blocks + blocks > kMaxBlocks)
+            launches.push_back(empty);
+        append(launches.back(), operand);
+    }
+}
+
 // The products' operands, those of empty tensors without rows, and the steps of their blocks.
 struct ProductPlan {
     std::vector<ProductOperand> operands;
@@ -170,6 +199,25 @@ ProductPlan describe(const Products& products) {
 std::vector<SweepLaunch> plan_sweep(const Sweep& sweep) { return plan<SweepBatch>(sweep); }
 
 std::vector<UpdateLaunch> plan_update(const Sweep& sweep) { return plan<UpdateBatch>(sweep); }
+
+std::vector<MergeLaunch> plan_merge(const MergeStep& step) {
+    std::map<std::pair<Storage, bool>, std::vector<MergeOperand>> by_kernel;
+    for (const MergeTensor& tensor : step.tensors)
+        if (tensor.numel > 0)
+            by_kernel[{tensor.storage, tensor.master != nullptr}].push_back(describe(tensor));
+
+    std::vector<MergeLaunch> launches;
+    for (const auto& [kernel, operands] : by_kernel) {
+        uint64_t units = 0;
+        for (const MergeOperand& operand : operands) units += units_of(operand);
+        MergeLaunch empty{kernel.first, kernel.second, 0, {}};
+        empty.batch.keys = key_schedule(uint32_t(step.seed), uint32_t(step.seed >> 32));
+        empty.batch.method = step.method;
+        empty.batch.steps = steps_for(units);
+        add_launches(empty, operands, launches);
+    }
+    return launches;
+}
 
 std::vector<uint32_t> product_blocks(const Products& products) {
     const ProductPlan plan = describe(products);

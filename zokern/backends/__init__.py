@@ -7,9 +7,10 @@ A backend is a package with the functions
 - ``perturb_(sweep)``, ``inner_products(products)``, ``sample(law, numel, ...)``: the operations of
   :mod:`zokern.ops`;
 - ``select(selection)``: float32 thresholds, int64 cuts and the float32 largest magnitudes (NaN
-  where a value is), and ``l1_sums(sums)``: those of :mod:`zokern.magnitudes`, on the tensors'
+  where a value is), and ``l1_sums(sums)``: those of :mod:`zokern.ops.magnitudes`, on the tensors'
   device;
-- ``merge_deltas(merge)``: that of :mod:`zokern.merge_op`.
+- ``merge_step_(step)``: that of :mod:`zokern.ops.steps`;
+- ``merge_deltas(merge)``: that of :mod:`zokern.ops.deltas`.
 
 To add one, write the package and put its name into ``ORDER``.
 """

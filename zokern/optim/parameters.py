@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from zokern import checks
-from zokern.laws import tensor_id
+from zokern.laws import canonical_name, tensor_id
 from zokern.optim.precision import resolve
 
 Groups = list[dict[str, Any]]
@@ -37,6 +38,12 @@ def check_last_group(groups: Groups, precision: str, owner: str) -> None:
             raise ValueError(f"{key} must be at least 0 and finite, not {group[key]!r}")
     if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
         raise ValueError(f"momentum must be at least 0 and below 1, not {group['momentum']!r}")
+    check_params(group, precision, owner)
+    check_tensor_ids(groups)
+
+
+def check_params(group: dict[str, Any], precision: str, owner: str) -> None:
+    """Raises TypeError or ValueError, naming it, for one that cannot be updated in place."""
     names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
     for name, param in zip(names, group["params"], strict=True):
         if param.dtype not in checks.PARAM_DTYPES:
@@ -49,6 +56,10 @@ def check_last_group(groups: Groups, precision: str, owner: str) -> None:
                 f"{param.layout}, shape {tuple(param.shape)})"
             )
         resolve(precision, param.dtype)
+
+
+def check_tensor_ids(groups: Groups) -> None:
+    """Raises ValueError, naming them, if two parameters would get the same noise."""
     by_id: dict[int, str] = {}
     for number, (name, _) in zip(tensor_ids(groups), named(groups), strict=True):
         if by_id.get(number) == name:
@@ -57,6 +68,31 @@ def check_last_group(groups: Groups, precision: str, owner: str) -> None:
             raise ValueError(
                 f"{by_id[number]!r} and {name!r} have the same tensor id and would get the same "
                 "noise: rename one (names of wrappers, such as 'module.', do not count)"
+            )
+
+
+def restore_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Give the tensors of a state that torch has loaded their own dtypes back.
+
+    ``Optimizer.load_state_dict`` casts them to the parameter's dtype.
+    """
+    saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+    for number, (_, param) in zip(saved, named(optimizer.param_groups), strict=True):
+        for key, value in state_dict["state"].get(number, {}).items():
+            if isinstance(value, Tensor):
+                optimizer.state[param][key] = value.to(param.device, copy=True)
+
+
+def check_names(own_groups: Groups, saved_groups: Groups) -> None:
+    """Raises ValueError if the parameters of a state have other names than an optimizer's."""
+    for own, saved in zip(own_groups, saved_groups, strict=False):
+        names = [canonical_name(name) for name in own.get("param_names", [])]
+        saved_names = [canonical_name(name) for name in saved.get("param_names", [])]
+        if names != saved_names:
+            differing = sorted(set(names) ^ set(saved_names)) or "their order"
+            raise ValueError(
+                "the state's parameters have other names, and with them other noise; they "
+                f"differ in {differing}"
             )
 
 

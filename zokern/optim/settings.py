@@ -42,13 +42,10 @@ def run_settings(
         raise ValueError(f"law must be one of {', '.join(directions)}, not {law!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    if seed is None:
-        # From torch's generator, so that torch.manual_seed governs runs.
-        seed = int(torch.randint(-(1 << 63), (1 << 63) - 1, ())) % (1 << 64)
     return {
         "eps": float(eps),
         "samples": integer("samples", samples, at_least=1, below=1 << 32),
-        "seed": integer("seed", seed, at_least=0, below=1 << 64),
+        "seed": run_seed(seed),
         "law": law,
         "precision": precision,
         "fuse_next": bool(fuse_next),
@@ -65,3 +62,10 @@ def integer(name: str, value: int, *, at_least: int, below: int) -> int:
             f", not {value!r}"
         )
     return int(value)
+
+
+def run_seed(seed: int | None) -> int:
+    """A seed, checked; None takes one from torch's generator, so that manual_seed governs runs."""
+    if seed is None:
+        return int(torch.randint(-(1 << 63), (1 << 63) - 1, ())) % (1 << 64)
+    return integer("seed", seed, at_least=0, below=1 << 64)

@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zokern.laws import canonical_name
 from zokern.optim.displacement import Coefficients, Displacement, Expansion, Member, Step
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.losses import EqualLosses
-from zokern.optim.parameters import check_last_group, named, tensor_ids
+from zokern.optim.parameters import (
+    check_last_group,
+    check_names,
+    named,
+    restore_tensors,
+    tensor_ids,
+)
 from zokern.optim.precision import VALUE_KEYS, new_value_state, resolve
 from zokern.optim.recording import Recorder
 from zokern.optim.rules import Rule, rule_of
@@ -271,17 +276,12 @@ class ZOState(Optimizer):
         if saved_run["method"] != owner:
             raise ValueError(f"not a state of {owner}, but of {saved_run['method']}")
         run_settings(**{key: saved_run[key] for key in SETTINGS})
-        self._check_names(state_dict)
+        check_names(self.param_groups, state_dict["param_groups"])
         self._check_shapes(state_dict)
         self._drop_step()
         self._rest_untouched()
         super().load_state_dict(state_dict)
-        # torch has cast them to the parameter's dtype.
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, (_, param) in zip(saved, named(self.param_groups), strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[param][key] = value.to(param.device, copy=True)
+        restore_tensors(self, state_dict)
         self._displacement = Displacement()
         self._versions.forget()
         self._recorder.detach(loaded=True)
@@ -295,17 +295,6 @@ class ZOState(Optimizer):
                         f"the state's {key} of {name} has shape {tuple(value.shape)}, the "
                         f"parameter {tuple(param.shape)}"
                     )
-
-    def _check_names(self, state_dict: dict[str, Any]) -> None:
-        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            names = [canonical_name(name) for name in own.get("param_names", [])]
-            saved_names = [canonical_name(name) for name in saved.get("param_names", [])]
-            if names != saved_names:
-                differing = sorted(set(names) ^ set(saved_names)) or "their order"
-                raise ValueError(
-                    "the state's parameters have other names, and with them other noise; they "
-                    f"differ in {differing}"
-                )
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_displacement", "_run_defaults", "last")

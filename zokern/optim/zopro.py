@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,6 +14,7 @@ from zokern.laws import canonical_name
 from zokern.optim.base import CommonArguments, ZOOptimizer
 from zokern.optim.displacement import Expansion, Member
 from zokern.optim.estimates import pairs, two_sided
+from zokern.optim.names import plain_name
 from zokern.optim.parameters import named
 from zokern.optim.rules import float32
 from zokern.optim.settings import integer
@@ -396,17 +396,3 @@ def _tensors(source: nn.Module | Mapping[str, Tensor], *, trained: bool) -> dict
             )
         named_tensors[plain_name(name)] = tensor.detach()
     return named_tensors
-
-
-# Components of PEFT's modules that are followed by the name of the adapter.
-_ADAPTER_PARENTS = ("lora_", "vera_", "ia3_", "hada_", "lokr_", "oft_", "modules_to_save")
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers and PEFT add to it."""
-    parts = canonical_name(name).removeprefix("base_model.model.").split(".")
-    kept = parts[:1]
-    for before, part in pairwise(parts):
-        if not (before.startswith(_ADAPTER_PARENTS) and part not in ("weight", "bias")):
-            kept.append(part)
-    return ".".join(kept)

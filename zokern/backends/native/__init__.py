@@ -14,6 +14,7 @@ except ImportError as error:
 else:
     from zokern.backends.native.deltas import merge_deltas
     from zokern.backends.native.l1 import l1_sums
+    from zokern.backends.native.merging import merge_step_
     from zokern.backends.native.noise import sample
     from zokern.backends.native.perturb import perturb_
     from zokern.backends.native.products import inner_products
@@ -23,6 +24,7 @@ __all__ = [
     "inner_products",
     "l1_sums",
     "merge_deltas",
+    "merge_step_",
     "perturb_",
     "sample",
     "select",

@@ -1,5 +1,7 @@
 """Adam's step, said plainly: the moments and Δ of one tensor, in float32."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
@@ -7,9 +9,9 @@ from zokern.backends.reference.arithmetic import fma, sqrt
 from zokern.merging import AdamNumbers, AdamSteps
 
 
-def numbers_of(steps: AdamSteps, i: int, device: torch.device) -> AdamNumbers:
-    """The numbers of a tensor, each a float32 tensor of no dimension."""
-    return AdamNumbers(*steps.numbers[i].to(device))
+def numbers_of(steps: AdamSteps, i: int, device: torch.device) -> SimpleNamespace:
+    """The :class:`AdamNumbers` of a tensor, each a float32 tensor of no dimension."""
+    return SimpleNamespace(**AdamNumbers(*steps.numbers[i].to(device))._asdict())
 
 
 def moments(steps: AdamSteps, i: int) -> tuple[Tensor, Tensor]:

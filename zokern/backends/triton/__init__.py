@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from zokern.deltas import DeltaMerge
-from zokern.merging import L1Sums, Selection
+from zokern.merging import L1Sums, MergeStep, Selection
 from zokern.sweep import InnerProducts, Sweep
 
 __all__ = [
     "inner_products",
     "l1_sums",
     "merge_deltas",
+    "merge_step_",
     "perturb_",
     "sample",
     "select",
@@ -40,6 +41,12 @@ def perturb_(sweep: Sweep) -> None:
     from zokern.backends.triton import perturb, update
 
     (perturb if sweep.is_plain else update).perturb_(sweep)
+
+
+def merge_step_(step: MergeStep) -> None:
+    from zokern.backends.triton import merging
+
+    merging.merge_step_(step)
 
 
 def inner_products(products: InnerProducts) -> Tensor:

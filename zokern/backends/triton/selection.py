@@ -55,7 +55,7 @@ def count_kernel(
 ):
     """Adds a block's values to the counts (int32, BINS for each group) and the largest."""
     i = find(table, tensors, tl.program_id(0))
-    own, tensor_id, place, unmasked_tiles, all_tiles = block_of(
+    own, _tensor_id, place, unmasked_tiles, all_tiles = block_of(
         table, tensors, i, tiles, OCTETS, ROWS
     )
     index = tl.load(own + 4)
@@ -65,12 +65,12 @@ def count_kernel(
     total = tl.zeros([BINS], tl.int32)
     most = tl.zeros([], tl.int32)
     for tile in range(unmasked_tiles):
-        access, octet = access_of(place, tile, OCTETS, ROWS, False)
+        access, _octet = access_of(place, tile, OCTETS, ROWS, False)
         more, own_most = _bins(own, access, tables, low, shift, bins, KIND, OCTETS)
         total += more
         most = tl.maximum(most, own_most)
     for tile in range(unmasked_tiles, all_tiles):
-        access, octet = access_of(place, tile, OCTETS, ROWS, True)
+        access, _octet = access_of(place, tile, OCTETS, ROWS, True)
         more, own_most = _bins(own, access, tables, low, shift, bins, KIND, OCTETS)
         total += more
         most = tl.maximum(most, own_most)
@@ -103,7 +103,7 @@ def ties_kernel(
 ):
     """How many of a block's values are at the threshold; only where not all of them are kept."""
     i = find(table, tensors, tl.program_id(0))
-    own, tensor_id, place, unmasked_tiles, all_tiles = block_of(
+    own, _tensor_id, place, unmasked_tiles, all_tiles = block_of(
         table, tensors, i, tiles, OCTETS, ROWS
     )
     group = tl.load(groups + tl.load(own + 4))
@@ -111,11 +111,11 @@ def ties_kernel(
         wanted = tl.load(lows + group).to(tl.int32)
         total = tl.zeros([], tl.int64)
         for tile in range(unmasked_tiles):
-            access, octet = access_of(place, tile, OCTETS, ROWS, False)
+            access, _octet = access_of(place, tile, OCTETS, ROWS, False)
             equal = _equals(own, access, (numbers, merges), wanted, KIND, OCTETS)
             total += tl.sum(equal, axis=0)
         for tile in range(unmasked_tiles, all_tiles):
-            access, octet = access_of(place, tile, OCTETS, ROWS, True)
+            access, _octet = access_of(place, tile, OCTETS, ROWS, True)
             equal = _equals(own, access, (numbers, merges), wanted, KIND, OCTETS)
             total += tl.sum(equal, axis=0)
         tl.store(ties + tl.program_id(0), total)
@@ -152,7 +152,7 @@ def cut_kernel(
     ``kept`` says for each tensor how many are, ``before`` for each block how many precede it.
     """
     i = find(table, tensors, tl.program_id(0))
-    own, tensor_id, place, unmasked_tiles, all_tiles = block_of(
+    own, _tensor_id, place, unmasked_tiles, all_tiles = block_of(
         table, tensors, i, tiles, OCTETS, ROWS
     )
     index = tl.load(own + 4)
@@ -161,11 +161,11 @@ def cut_kernel(
         wanted = tl.load(lows + tl.load(groups + index)).to(tl.int32)
         seen = tl.zeros([], tl.int64)
         for tile in range(unmasked_tiles):
-            access, octet = access_of(place, tile, OCTETS, ROWS, False)
+            access, _octet = access_of(place, tile, OCTETS, ROWS, False)
             equal = _equals(own, access, (numbers, merges), wanted, KIND, OCTETS)
             seen = _store_end(cuts + index, equal, access, seen, rank)
         for tile in range(unmasked_tiles, all_tiles):
-            access, octet = access_of(place, tile, OCTETS, ROWS, True)
+            access, _octet = access_of(place, tile, OCTETS, ROWS, True)
             equal = _equals(own, access, (numbers, merges), wanted, KIND, OCTETS)
             seen = _store_end(cuts + index, equal, access, seen, rank)
 

@@ -120,6 +120,22 @@ def store(STORAGE: tl.constexpr, param, residual, at, mask, value, ALIGNMENT: tl
 
 
 @triton.jit
+def load_tile(STORAGE: tl.constexpr, address, residual, access, OCTETS: tl.constexpr):
+    """The values of a tile, accessed by (first octet, places, mask); no mask, whole octets."""
+    octet, at, mask = access
+    if mask is None:
+        return load_aligned(STORAGE, address, residual, octet, OCTETS)
+    else:
+        return load(STORAGE, address, residual, at, mask)
+
+
+@triton.jit
+def store_tile(STORAGE: tl.constexpr, address, residual, access, value):
+    _, at, mask = access
+    store(STORAGE, address, residual, at, mask, value, 16 if mask is None else 1)
+
+
+@triton.jit
 def _decode(STORAGE: tl.constexpr, param, residual):
     """The float32 value; a storage without a residual does not look at it."""
     if STORAGE == "fp32" or STORAGE == "fp16":

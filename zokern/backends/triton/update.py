@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zokern.backends.triton.launch import INTERPRETED, OPTIONS, on, target
 from zokern.backends.triton.noise import fma, octet_values
-from zokern.backends.triton.storage import load, load_aligned, storage_of, store
+from zokern.backends.triton.storage import load_tile, storage_of, store_tile
 from zokern.backends.triton.tiles import (
     PLACE,
     address_of,
@@ -61,22 +61,6 @@ COLUMNS = tl.constexpr(PLACE.value + len(Columns._fields))
 
 
 @triton.jit
-def _load(STORAGE: tl.constexpr, address, residual, access, OCTETS: tl.constexpr):
-    """The values of a tile, accessed by (first octet, places, mask); no mask, whole octets."""
-    octet, at, mask = access
-    if mask is None:
-        return load_aligned(STORAGE, address, residual, octet, OCTETS)
-    else:
-        return load(STORAGE, address, residual, at, mask)
-
-
-@triton.jit
-def _store(STORAGE: tl.constexpr, address, residual, access, value):
-    _, at, mask = access
-    store(STORAGE, address, residual, at, mask, value, 16 if mask is None else 1)
-
-
-@triton.jit
 def _direction(draw, noise, dense, access, LAW: tl.constexpr, DENSE0: tl.constexpr,
                DENSE1: tl.constexpr, OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
     """The values of a draw or, where it is negative, of the dense direction ~draw."""
@@ -84,9 +68,9 @@ def _direction(draw, noise, dense, access, LAW: tl.constexpr, DENSE0: tl.constex
     if DENSE0 == "" or draw >= 0:
         z = octet_values(LAW, octet, stream, draw, DP4A)
     elif DENSE1 == "" or draw == -1:
-        z = _load(DENSE0, dense[0], 0, access, OCTETS)
+        z = load_tile(DENSE0, dense[0], 0, access, OCTETS)
     else:
-        z = _load(DENSE1, dense[1], 0, access, OCTETS)
+        z = load_tile(DENSE1, dense[1], 0, access, OCTETS)
     return z
 
 
@@ -108,14 +92,14 @@ def _sweep_tile(columns, noise, access, moves, rest, directions, LAW: tl.constex
                 STORAGE: tl.constexpr, MASTER: tl.constexpr, UPDATE: tl.constexpr,
                 MOMENTUM: tl.constexpr, SIGN: tl.constexpr, DENSE0: tl.constexpr,
                 DENSE1: tl.constexpr, OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
-    """Sweep the octets and the stream of ``noise``, accessed as in :func:`_load`."""
+    """Sweep the octets and the stream of ``noise``, accessed as in ``load_tile``."""
     param, residual, master, momentum, dense, decay, step = columns
     if MASTER:
-        value = _load("fp32", master, 0, access, OCTETS)
+        value = load_tile("fp32", master, 0, access, OCTETS)
     else:
-        value = _load(STORAGE, param, residual, access, OCTETS)
+        value = load_tile(STORAGE, param, residual, access, OCTETS)
     if MOMENTUM:
-        u = _load("fp32", momentum, 0, access, OCTETS) * decay
+        u = load_tile("fp32", momentum, 0, access, OCTETS) * decay
     else:
         u = tl.zeros([OCTETS * 8], tl.float32)
     for k in range(rest):
@@ -124,17 +108,17 @@ def _sweep_tile(columns, noise, access, moves, rest, directions, LAW: tl.constex
     if MOMENTUM:
         # A dense direction may be this memory, but only before rest: what is stored here was made
         # from all that is read there.
-        _store("fp32", momentum, 0, access, u)
+        store_tile("fp32", momentum, 0, access, u)
     if UPDATE:
         if SIGN:
             u = (u > 0).to(tl.float32) - (u < 0).to(tl.float32)
         value = fma(step, u, value)
     if MASTER and rest > 0:
-        _store("fp32", master, 0, access, value)
+        store_tile("fp32", master, 0, access, value)
     for k in range(rest, directions):
         value, u = _moved(value, u, k, noise, dense, access, moves,
                           LAW, False, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
-    _store(STORAGE, param, residual, access, value)
+    store_tile(STORAGE, param, residual, access, value)
 
 
 @triton.jit(do_not_specialize=["tensors", "rest", "directions", "tiles", "seed_low", "seed_high"])

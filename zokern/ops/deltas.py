@@ -7,7 +7,7 @@ from torch import Tensor
 
 from zokern import backends
 from zokern.arguments import float32s, integer, integers, signed, tensor_list, unsigned
-from zokern.checks import check_delta_tensors, check_overlap
+from zokern.checks import check_delta_tensors, check_disjoint
 from zokern.deltas import COMBINE, MAX_MODELS, VOTES, Combine, DeltaMerge, Votes
 
 KEEP_ALL = 1 << 32
@@ -217,7 +217,7 @@ def _check_memory(merge: DeltaMerge) -> None:
         ("bases", merge.bases or []),
         *((f"models[{m}]", t) for m, t in enumerate(merge.models)),
     ]
-    check_overlap(
+    check_disjoint(
         [
             *(("outs", i, out, True) for i, out in enumerate(merge.outs)),
             *((name, i, tensor, False) for name, ts in read for i, tensor in enumerate(ts)),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zokern.deltas import Combine, Votes
 from zokern.laws import tensor_id
-from zokern.merge_inputs import Entry
+from zokern.merge.inputs import Entry
 
 # Small tensors are merged in one call, of up to so many elements.
 ELEMENTS = 1 << 22

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from zokern import ops
-from zokern.merge_inputs import Entry
-from zokern.merge_recipe import Batch, Recipe
+from zokern.merge.inputs import Entry
+from zokern.merge.recipe import Batch, Recipe
 from zokern.merging import Differences, Mask
 from zokern.sweep import Shard
 

@@ -1,11 +1,4 @@
-"""The operations: each a torch.library schema, its checks and its fake, and the door to it.
-
-Those on magnitudes are in :mod:`zokern.magnitudes`, their doors are here too.
-
-A door (``perturb_``) takes what users write and brings it into the flat form of the schema; the
-checks run inside the operator itself, so ``torch.ops.zokern.perturb_`` is as safe as the door.
-Nothing is written before every operand has passed.
-"""
+"""Sweeps along noise, inner products with it, and noise as tensors."""
 
 from collections.abc import Iterable, Sequence
 
@@ -39,21 +32,7 @@ from zokern.checks import (
     check_vector,
 )
 from zokern.laws import LAWS
-from zokern.magnitudes import adam_threshold, difference_threshold, l1_sums, magnitude_threshold
-from zokern.merge_op import merge_deltas
 from zokern.sweep import InnerProducts, Shard, Sweep, Update
-
-__all__ = [
-    "Update",
-    "adam_threshold",
-    "difference_threshold",
-    "inner_products",
-    "l1_sums",
-    "magnitude_threshold",
-    "merge_deltas",
-    "noise_sample",
-    "perturb_",
-]
 
 Shards = Sequence[tuple[int, int, int] | None]
 

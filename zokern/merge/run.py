@@ -13,9 +13,9 @@ from torch import Tensor
 from zokern import ops
 from zokern.checkpoints import CheckpointError, created, weight_files
 from zokern.deltas import MAX_MODELS
-from zokern.merge_inputs import Entry, Model, aligned, is_path, read
-from zokern.merge_masks import joined_thresholds, limit_of, mask_of, ratios_of
-from zokern.merge_recipe import Batch, Recipe, batches
+from zokern.merge.inputs import Entry, Model, aligned, is_path, read
+from zokern.merge.masks import joined_thresholds, limit_of, mask_of, ratios_of
+from zokern.merge.recipe import Batch, Recipe, batches
 from zokern.progress import progress_bar
 
 # A sum of weights below this is not divided by, as in mergekit.

@@ -1,0 +1,83 @@
+"""The k largest magnitudes of 2^24 values beside torch.topk and torch.kthvalue.
+
+Run: ``make bench``. Rounds of all three follow one another, so that they see the same machine; the
+ratios are those of the medians. Nothing is asserted.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from zokern import ops
+
+NUMEL = 1 << 24
+ROUNDS = 5
+SHARES = [0.01, 0.1, 0.5]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=["random", "all equal"])
+def values(request, dtype) -> Tensor:
+    if request.param == "all equal":
+        return torch.full((NUMEL,), 0.3, dtype=dtype)
+    return torch.randn(NUMEL, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+
+
+def beside(
+    benchmark, capsys, peers: dict[str, Callable[[], object]], select: Callable[[], object]
+) -> None:
+    """Benchmark ``select`` with a round of each peer before each of its own."""
+    seconds: dict[str, list[float]] = {name: [] for name in peers}
+
+    def run_peers():
+        for name, peer in peers.items():
+            start = time.perf_counter()
+            peer()
+            seconds[name].append(time.perf_counter() - start)
+
+    benchmark.pedantic(select, setup=run_peers, rounds=ROUNDS, warmup_rounds=1)
+    ours = benchmark.stats.stats.median
+    report = [f"\n{benchmark.name}: {ours * 1e3:.1f} ms"]
+    for name, times in seconds.items():
+        median = statistics.median(times[1:])
+        benchmark.extra_info[name] = median
+        report.append(f"{name}: {median * 1e3:.1f} ms, {median / ours:.1f} times as long")
+    with capsys.disabled():
+        print("; ".join(report))
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_against_topk_and_kthvalue(benchmark, capsys, values, share):
+    k = int(share * NUMEL)
+    peers = {
+        "topk": lambda: torch.topk(values.abs(), k, sorted=False),
+        "kthvalue": lambda: torch.kthvalue(values.abs(), NUMEL - k + 1),
+    }
+    beside(benchmark, capsys, peers, lambda: ops.magnitude_threshold([values], k))
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_near_the_threshold_of_before(benchmark, capsys, share):
+    values = torch.randn(NUMEL, generator=torch.Generator().manual_seed(0))
+    k = int(share * NUMEL)
+    near = 1.001 * ops.magnitude_threshold([values], k)[0]
+    peers = {
+        "without": lambda: ops.magnitude_threshold([values], k),
+        "amax, which reads once": lambda: values.amax(),
+    }
+    beside(benchmark, capsys, peers, lambda: ops.magnitude_threshold([values], k, near=near))
+
+
+def test_many_small_tensors(benchmark, capsys):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(768, generator=generator) for _ in range(300)]
+    peers = {"topk of each": lambda: [torch.topk(t.abs(), 76, sorted=False) for t in tensors]}
+    beside(benchmark, capsys, peers, lambda: ops.magnitude_threshold(tensors, 76))

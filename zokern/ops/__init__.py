@@ -1,0 +1,25 @@
+"""The operations: each a torch.library schema, its checks and its fake, and the door to it.
+
+A door (``perturb_``) takes what users write and brings it into the flat form of the schema; the
+checks run inside the operator itself, so ``torch.ops.zokern.perturb_`` is as safe as the door.
+Nothing is written before every operand has passed.
+"""
+
+from zokern.ops.deltas import merge_deltas
+from zokern.ops.magnitudes import adam_threshold, difference_threshold, l1_sums, magnitude_threshold
+from zokern.ops.steps import merge_step_
+from zokern.ops.sweeps import inner_products, noise_sample, perturb_
+from zokern.sweep import Update
+
+__all__ = [
+    "Update",
+    "adam_threshold",
+    "difference_threshold",
+    "inner_products",
+    "l1_sums",
+    "magnitude_threshold",
+    "merge_deltas",
+    "merge_step_",
+    "noise_sample",
+    "perturb_",
+]

@@ -1,0 +1,205 @@
+"""What the merging optimizers share: the step, in which each masks Adam's update in its way."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zokern import ops
+from zokern.merging import AdamNumbers, AdamSteps, Mask, MergeStep, SparseTau
+from zokern.optim.interrupts import uninterrupted
+from zokern.optim.merging_groups import Group, check_group, numbers_of
+from zokern.optim.merging_state import MergingState
+from zokern.optim.merging_tables import Member, OnDevice, OnHost, Tables
+from zokern.optim.parameters import named, tensor_ids
+from zokern.optim.reference import Source, Weights, check_weights
+from zokern.sweep import Shard
+
+
+class MergingAdamW(MergingState):
+    """Adam whose step is masked and merged with τ, in one sweep over all parameters."""
+
+    _on_host: OnHost
+    _on_device: OnDevice
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._on_host, self._on_device = OnHost(), OnDevice()
+
+    def _take_reference(self, reference: Source | None, base: Source | None) -> None:
+        if (reference is None) != (base is None):
+            given = "reference" if base is None else "base"
+            raise ValueError(f"reference and base go together; only {given} was given")
+        if reference is not None and base is not None:
+            self.set_reference(reference, base)
+
+    def init_ref_param_diff(self, ref_model: Source, base_model: Source) -> None:
+        """:meth:`set_reference` under its name in QwenLM's online_merging."""
+        self.set_reference(ref_model, base_model)
+
+    def set_reference(self, reference: Source, base: Source) -> None:
+        """Take τ = reference - base, masked once, for the task vector of the reference.
+
+        Args:
+            reference, base: modules, state dicts, or paths of safetensors checkpoints (a file, or a
+                folder of shards), which are read one tensor at a time. Their tensors are found by
+                the names of the parameters; names that wrappers and PEFT add do not count, so the
+                adapters of two PEFT models make the τ of a third.
+
+        Raises:
+            ValueError, TypeError: for tensors that are missing or of other shapes, listing them,
+                and for parameters without names; nothing has changed then.
+        """
+        sources = [Weights(reference, "the reference"), Weights(base, "the base")]
+        members = self._moving()
+        check_weights(sources, [(name, param) for name, param, _, _ in members])
+        with torch.no_grad():
+            for name, param, group, tensor_id in members:
+                new, old = (source[name].to(param.device) for source in sources)
+                self._set_tau(param, self._new_tau(new, old, group, tensor_id, name))
+
+    def _new_tau(
+        self, new: Tensor, old: Tensor, group: Group, tensor_id: int, name: str
+    ) -> Tensor | SparseTau:
+        """τ of one parameter, as the method keeps it."""
+        raise TypeError(f"{type(self).__name__} must say what its τ is")
+
+    def _needs_tau(self, group: Group) -> bool:
+        """Whether the group's parameters cannot take a step without a reference."""
+        return bool(group["use_merge"])
+
+    def _mask(self, members: list[Member], steps: AdamSteps, mask: Mask) -> Mask:
+        """The mask that the method draws or selects, instead of one that keeps all."""
+        raise TypeError(f"{type(self).__name__} must say what it masks")
+
+    def _ratios(self, members: list[Member], steps: AdamSteps, mask: Mask) -> Tensor:
+        """What brings the masked Δ of each parameter back to its L1 norm, in float32."""
+        raise TypeError(f"{type(self).__name__} must say how it rescales")
+
+    def _moving(self) -> list[tuple[str, Tensor, Group, int]]:
+        """Name, parameter, group and id of those that are not frozen."""
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        return [
+            (name, param, group, tensor_id)
+            for (name, param), tensor_id, group in zip(
+                named(self.param_groups), tensor_ids(self.param_groups), groups, strict=True
+            )
+            if param.requires_grad
+        ]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step, of the parameters that have gradients.
+
+        Args:
+            closure: evaluates the loss again and returns it, as in ``torch.optim``.
+
+        Raises:
+            RuntimeError, ValueError: where a reference is wanted and there is none, for sparse or
+                complex gradients and for hyper-parameters out of range, before anything is written.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            kinds: dict[tuple, list[Member]] = {}
+            for member in self._members():
+                kinds.setdefault(member.kind, []).append(member)
+            prepared = [(members, self._prepare(members)) for members in kinds.values()]
+            with uninterrupted():
+                for members, step in prepared:
+                    ops.merge_step_(step)
+                    self._clock(members).advance(members)
+                    self._versions.note(member.param for member in members)
+        return loss
+
+    def _members(self) -> list[Member]:
+        for group in self.param_groups:
+            check_group(group)
+        members = []
+        for name, param, group, tensor_id in self._moving():
+            if param.grad is None:
+                continue
+            self._check_grad(name, param.grad)
+            state, tau = self._own_state(param, group), self._tau(param)
+            members.append(Member(name, param, param.grad, state, group, tensor_id, tau))
+        missing = [m.name for m in members if m.tau is None and self._needs_tau(m.group)]
+        if missing:
+            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            raise RuntimeError(
+                f"{type(self).__name__} has no reference for {', '.join(missing[:8])}{more}: give "
+                "reference= and base=, or call set_reference"
+            )
+        return members
+
+    def _check_grad(self, name: str, grad: Tensor) -> None:
+        if grad.layout != torch.strided or grad.is_complex():
+            what = "complex" if grad.is_complex() else "sparse"
+            raise RuntimeError(
+                f"{type(self).__name__} takes dense, real gradients; that of {name} is {what}"
+            )
+
+    def _prepare(self, members: list[Member]) -> MergeStep:
+        for member in members:
+            if self._versions.knows(member.param) and self._versions.changed(member.param):
+                self._refresh(member.param)
+        tables = self._clock(members).tables(members, self._numbers)
+        steps, mask = _steps(members, tables), _mask_of_all(members, tables, self.run["seed"])
+        mask = self._mask(members, steps, mask)
+        if members[0].rescales:
+            ratios = self._ratios(members, steps, mask)
+            steps.numbers[:, AdamNumbers._fields.index("ratio")] = ratios.to(steps.numbers.device)
+        taus = [member.tau for member in members if member.tau is not None]
+        return MergeStep(
+            params=[member.param for member in members],
+            residuals=[member.state.get("residual") for member in members],
+            masters=_of_all(members, "master"),
+            steps=steps,
+            taus=taus or None,
+            mask=mask,
+            method=self.METHODS[self.run["semantics"]],
+        )
+
+    def _column(self, members: list[Member], values: list, dtype: torch.dtype) -> Tensor:
+        """A number for each member, where a kernel can read it."""
+        return self._clock(members).column(values, dtype, members[0].param.device)
+
+    def _clock(self, members: list[Member]) -> OnHost | OnDevice:
+        return self._on_device if members[0].group["capturable"] else self._on_host
+
+    def _numbers(self, group: Group, t: int) -> AdamNumbers:
+        """The row of a group's parameters that take step number t."""
+        return numbers_of(group, t)
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, stacklevel=4)
+
+
+def _of_all(members: list[Member], key: str) -> list[Tensor] | None:
+    """What all members have in their state, or none of them."""
+    if key not in members[0].state:
+        return None
+    return [member.state[key] for member in members]
+
+
+def _steps(members: list[Member], tables: Tables) -> AdamSteps:
+    return AdamSteps(
+        grads=[member.grad for member in members],
+        exp_avgs=[member.state["exp_avg"] for member in members],
+        exp_avg_sqs=[member.state["exp_avg_sq"] for member in members],
+        cached=_of_all(members, "cached_delta"),
+        numbers=tables.numbers,
+        merges=tables.merges,
+    )
+
+
+def _mask_of_all(members: list[Member], tables: Tables, seed: int) -> Mask:
+    """A mask that keeps everything."""
+    shards = [Shard(0, member.param.numel(), member.param.numel()) for member in members]
+    ids = [member.tensor_id for member in members]
+    limits = torch.full_like(tables.draws, 1 << 32)
+    return Mask(None, None, tables.draws, limits, shards, ids, seed)
