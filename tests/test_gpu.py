@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import zokern
-from tests import merging_cases, zo
+from tests import merging_cases, test_merge, test_merge_deltas, zo
 from tests.same_bits import same_bits
 from tests.test_mezo import loss_of, make_model, same_weights
 from tests.test_perturb import DIRECTIONS, STORAGES, clone, make_operands
@@ -108,6 +108,28 @@ def test_inner_products_of_a_large_tensor(gpu_backend):
     assert vv == zz == numel
     z = noise.sample("rademacher", numel, seed=1, draw=5, device="cuda")
     assert vz == z.sum(dtype=torch.float64).item()
+
+
+@pytest.mark.parametrize("masks", ["none", "random", "magnitude"])
+@pytest.mark.parametrize(("votes", "combine"), test_merge_deltas.RULES)
+@pytest.mark.parametrize("dtype", test_merge_deltas.DTYPES, ids=str)
+def test_merges_are_those_of_the_reference(gpu_backend, dtype, votes, combine, masks):
+    test_merge_deltas.check_rules(gpu_backend, "cuda", dtype, votes, combine, masks)
+
+
+@pytest.mark.parametrize("semantics", ["mergekit", "peft", "ties"])
+def test_models_merge_on_a_gpu_as_on_a_cpu(gpu_backend, semantics):
+    base, models = test_merge.states()
+    given = {"density": 0.3, "semantics": semantics}
+    got = zokern.merge.ties(models, base=base, device="cuda", **given)
+    on_gpu = [{name: tensor.cuda() for name, tensor in model.items()} for model in models]
+    there = zokern.merge.ties(on_gpu, base=on_gpu[0], **given)
+    with zokern.use_backend("reference"):
+        wanted = zokern.merge.ties(models, base=base, **given)
+        own = zokern.merge.ties(models, base=models[0], **given)
+    for name in base:
+        assert same_bits(got[name], wanted[name])
+        assert same_bits(there[name].cpu(), own[name])
 
 
 @pytest.mark.parametrize("law", noise.LAWS)

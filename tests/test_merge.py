@@ -8,12 +8,20 @@ from torch import nn
 
 import zokern
 from tests import merge_peers
+from tests.conftest import choose, variants
 from tests.same_bits import same_bits
 from zokern import merge
 
 SHAPES = {"embed": (97, 32), "layer.weight": (64, 33), "layer.bias": (64,), "norm": (1,)}
 WEIGHTS, DENSITIES = [0.7, 0.4, 1.2], [0.3, 0.55, 0.1]
 State = dict[str, torch.Tensor]
+
+
+# Triton's interpreter takes its time: it has a test of its own.
+@pytest.fixture(params=[variant for variant in variants() if variant != "triton"])
+def backend(request, monkeypatch) -> str:
+    choose(request.param, monkeypatch)
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -196,6 +204,22 @@ def test_dtypes_may_differ(backend):
     assert {tensor.dtype for tensor in got.values()} == {torch.float32}
     got = merge.linear([halves[0], models[1]], base=halves[2])
     assert {tensor.dtype for tensor in got.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("semantics", ["mergekit", "peft", "ties"])
+def test_triton_merges_the_same(monkeypatch, semantics):
+    base, models = (
+        {"w": torch.randn(5, 40).bfloat16(), "b": torch.randn(7)},
+        [{"w": torch.randn(5, 40).bfloat16(), "b": torch.randn(7)} for _ in range(2)],
+    )
+    given = {"base": base, "density": 0.4, "weights": [0.3, 1.2], "semantics": semantics}
+    methods = [merge.ties] if semantics == "ties" else [merge.ties, merge.dare_ties]
+    results = []
+    for name in ("triton", "reference"):
+        choose(name, monkeypatch)
+        results.append([method(models, **given) for method in methods])
+    for got, wanted in zip(*results, strict=True):
+        assert_same(got, wanted)
 
 
 class Tied(nn.Module):
