@@ -521,7 +521,7 @@ def test_a_policy_whose_weights_somebody_loads_goes_on_from_those(cls, backend):
 def test_unknown_things_are_refused_and_nothing_changes(backend):
     policy, reference, _ = models()
     bad = [
-        ({"reserve_p": 0.0}, "reserve_p must be above 0 and at most 1"),
+        ({"reserve_p": 0.0}, r"reserve_p must be above 0 \(at least 2^-32\) and at most 1"),
         ({"reserve_p": 1.5}, "reserve_p"),
         ({"alpha": -0.1}, "alpha must be at least 0 and at most 1"),
         ({"alpha": 2}, "alpha"),
@@ -646,3 +646,145 @@ def test_no_host_waits_for_a_step_on_a_gpu(cls, rescale):
         opt.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@both
+def test_a_state_can_be_loaded_again_and_by_trainers(cls, backend):
+    policy = models()[0]
+    opt = merging(cls, policy)
+    train(policy, opt, 2)
+    saved = copy.deepcopy(opt.state_dict())
+    for other in (opt, opt, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        other.load_state_dict(saved)
+
+
+@both
+@pytest.mark.parametrize("precision", ["master", "split"])
+@pytest.mark.parametrize("when", ["before the first step", "later", "after a load", "in a copy"])
+def test_weights_that_are_loaded_are_those_that_are_trained(cls, precision, when, backend):
+    policy = models(torch.bfloat16)[0]
+    opt = merging(cls, policy, precision=precision, lr=0.0, alpha=0.0, online_step=2)
+    if when != "before the first step":
+        train(policy, opt, 1)
+    if when == "after a load":
+        opt.load_state_dict(opt.state_dict())
+    if when == "in a copy":
+        policy, opt = copy.deepcopy((policy, opt))
+    other = Net(7, torch.bfloat16)
+    policy.load_state_dict(other.state_dict())
+    train(policy, opt, 2, 1)
+    assert all_same(weights(policy), weights(other))
+
+
+@both
+def test_refresh_forgets_what_was_added_since_the_last_merge(cls, backend):
+    policy = models()[0]
+    opt = merging(cls, policy, lr=0.1, alpha=0.0, online_step=2, reserve_p=1.0)
+    train(policy, opt, 1)
+    other = Net(7)
+    policy.load_state_dict(other.state_dict())
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    train(policy, opt, 1, 1)
+    assert all_same(weights(policy), weights(other))
+
+
+def test_a_step_that_fails_in_one_group_has_not_taken_the_other(backend):
+    first, second = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    opt = zokern.OnDAREAdamW(
+        [{"params": [("a", first)]}, {"params": [("b", second)], "online_step": 2}], lr=0.1
+    )
+    for param in (first, second):
+        param.grad = torch.ones(4)
+    opt.step()
+    before = first.detach().clone()
+    second.grad_dtype = None
+    second.grad = torch.ones(4, dtype=torch.float64)
+    with pytest.raises(TypeError, match="float64"):
+        opt.step()
+    assert same_bits(before, first.detach())
+    assert opt.state[first]["step"] == 1
+
+
+@both
+def test_a_reference_that_cannot_be_used_changes_nothing(cls, backend):
+    policy, reference, base = models()
+    opt = merging(cls, policy)
+    before = {name: dense_tau(opt._tau(p), p.shape) for name, p in policy.named_parameters()}
+    bad = dict(reference.state_dict())
+    bad["head.weight"] = torch.full_like(bad["head.weight"], float("nan"))
+    with pytest.raises(ValueError, match=r"NaN in 'head.weight'"):
+        opt.set_reference(bad, base)
+    bad["head.weight"] = reference.head.weight.detach().to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"'head.weight' is torch.float8"):
+        opt.set_reference(bad, base)
+    bad["head.weight"] = reference.head.weight.detach()
+    bad["module.head.weight"] = base.head.weight.detach()
+    with pytest.raises(ValueError, match=r"several tensors called 'head.weight'"):
+        opt.set_reference(bad, base)
+    for name, param in policy.named_parameters():
+        assert same_bits(before[name], dense_tau(opt._tau(param), param.shape))
+    unnamed = cls(list(policy.parameters()))
+    with pytest.raises(ValueError, match="the parameters have none: give named_parameters"):
+        unnamed.set_reference(reference, base)
+
+
+@both
+def test_references_in_float64_are_taken(cls, backend):
+    policies = [models()[0] for _ in range(2)]
+    _, reference, base = models()
+    for policy, double in zip(policies, (False, True), strict=True):
+        models_given = [
+            {n: p.double() if double else p for n, p in model.state_dict().items()}
+            for model in (reference, base)
+        ]
+        opt = cls(
+            policy.named_parameters(),
+            reserve_p=0.5,
+            alpha=0.3,
+            use_merge=True,
+            seed=1,
+            reference=models_given[0],
+            base=models_given[1],
+        )
+        train(policy, opt, 2)
+    assert all_same(weights(policies[0]), weights(policies[1]))
+
+
+@both
+def test_states_that_do_not_fit_are_refused_before_anything_is_lost(cls, backend):
+    policy = models(torch.bfloat16)[0]
+    opt = merging(cls, policy, reserve_p=0.05)
+    train(policy, opt, 1)
+    saved = opt.state_dict()
+    before = weights(policy)
+    for key, value, message in (
+        ("exp_avg_sq", torch.zeros(3), "exp_avg_sq of .* has the shape"),
+        ("residual", torch.zeros(37, 24, dtype=torch.float16), "residual of hidden.weight is"),
+        ("tau_places", torch.zeros(1, dtype=torch.int16), "τ of hidden.weight is damaged"),
+    ):
+        bad = copy.deepcopy(saved)
+        bad["state"][1][key] = value
+        with pytest.raises(ValueError, match=message):
+            opt.load_state_dict(bad)
+    bad = copy.deepcopy(saved)
+    del bad["state"][1]["exp_avg"]
+    with pytest.raises(ValueError, match=r"the state of hidden.weight has no exp_avg"):
+        opt.load_state_dict(bad)
+    bad = copy.deepcopy(saved)
+    bad["param_groups"][0]["reserve_p"] = 5
+    with pytest.raises(ValueError, match="reserve_p"):
+        opt.load_state_dict(bad)
+    assert all_same(before, weights(policy))
+    train(policy, opt, 1, 1)
+
+
+@both
+def test_capturable_may_be_switched_in_the_middle_of_a_run(cls, backend):
+    policies = [models()[0] for _ in range(2)]
+    opts = [merging(cls, policy) for policy in policies]
+    for step in range(6):
+        opts[1].param_groups[0]["capturable"] = step in (2, 3)
+        for policy, opt in zip(policies, opts, strict=True):
+            train(policy, opt, 1, step)
+    assert all_same(weights(policies[0]), weights(policies[1]))

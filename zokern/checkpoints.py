@@ -48,14 +48,15 @@ class CheckpointError(ValueError):
 
 
 def opened(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, or of a folder of shards, as views of mapped files.
+    """The tensors of a file, of a folder of shards or of its index, as views of mapped files.
 
     What is written to them is not written to the files.
 
     Raises:
         CheckpointError: if there is no such checkpoint.
     """
-    return _tensors(weight_files(path), None)
+    is_index = path.name.endswith(".safetensors.index.json")
+    return _tensors(weight_files(path.parent if is_index else path), None)
 
 
 @contextmanager

@@ -7,13 +7,14 @@ Nothing is written before every operand has passed.
 
 from zokern.ops.deltas import merge_deltas
 from zokern.ops.magnitudes import adam_threshold, difference_threshold, l1_sums, magnitude_threshold
-from zokern.ops.steps import merge_step_
+from zokern.ops.steps import check_merge_step, merge_step_
 from zokern.ops.sweeps import inner_products, noise_sample, perturb_
 from zokern.sweep import Update
 
 __all__ = [
     "Update",
     "adam_threshold",
+    "check_merge_step",
     "difference_threshold",
     "inner_products",
     "l1_sums",

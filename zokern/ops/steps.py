@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from zokern import backends
-from zokern.arguments import integers, pick, signed, unsigned
+from zokern.arguments import by_device, integers, pick, signed, unsigned
 from zokern.checks import (
     check_beside,
     check_disjoint,
@@ -62,16 +62,23 @@ def merge_step_(step: MergeStep) -> None:
         TypeError, ValueError: for an operand that does not fit, naming it, before anything is
             written.
     """
-    devices: dict[torch.device, list[int]] = {}
-    for i, param in enumerate(step.params):
-        devices.setdefault(param.device, []).append(i)
-    calls = [_flat(step, members) for members in devices.values()]
+    calls = _calls(step)
     if len(calls) > 1:
-        for arguments in calls:
-            _check_memory(_step(*arguments))
+        check_merge_step(step)
     with torch.no_grad():
         for arguments in calls:
             torch.ops.zokern.merge_step_(*arguments)
+
+
+def check_merge_step(step: MergeStep) -> None:
+    """Raises what :func:`merge_step_` would raise, and does nothing else."""
+    for arguments in _calls(step):
+        _check_memory(_step(*arguments))
+
+
+def _calls(step: MergeStep) -> list[tuple]:
+    """The arguments of the operator, for each device."""
+    return [_flat(step, members) for members in by_device(step.params).values()]
 
 
 @torch.library.impl("zokern::merge_step_", "CompositeExplicitAutograd")

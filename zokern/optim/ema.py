@@ -10,7 +10,7 @@ from torch import Tensor
 from zokern.merging import AdamNumbers, AdamSteps, Mask, SparseTau
 from zokern.optim.merging import Member, MergingAdamW
 from zokern.optim.merging_groups import Group
-from zokern.optim.reference import Source
+from zokern.optim.reference import Source, Weights, stored_dtype
 
 
 class EMAAdamW(MergingAdamW):
@@ -75,7 +75,7 @@ class EMAAdamW(MergingAdamW):
 
     def set_reference(self, reference: Source, base: Source | None = None) -> None:
         """Take the weights of a reference, see :class:`EMAAdamW`; a base is not looked at."""
-        super().set_reference(reference, reference)
+        self._take_weights([Weights(reference, "the reference")])
 
     def _needs_tau(self, group: Group) -> bool:
         return True
@@ -87,6 +87,6 @@ class EMAAdamW(MergingAdamW):
         return mask
 
     def _new_tau(
-        self, new: Tensor, old: Tensor, group: Group, tensor_id: int, name: str
+        self, weights: list[Tensor], group: Group, tensor_id: int, name: str
     ) -> Tensor | SparseTau:
-        return new.clone()
+        return weights[0].to(stored_dtype(*weights), copy=True)

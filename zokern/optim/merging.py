@@ -10,7 +10,7 @@ from torch import Tensor
 from zokern import ops
 from zokern.merging import AdamNumbers, AdamSteps, Mask, MergeStep, SparseTau
 from zokern.optim.interrupts import uninterrupted
-from zokern.optim.merging_groups import Group, check_group, numbers_of
+from zokern.optim.merging_groups import Group, check_group, check_paper, numbers_of
 from zokern.optim.merging_state import MergingState
 from zokern.optim.merging_tables import Member, OnDevice, OnHost, Tables
 from zokern.optim.parameters import named, tensor_ids
@@ -52,16 +52,29 @@ class MergingAdamW(MergingState):
             ValueError, TypeError: for tensors that are missing or of other shapes, listing them,
                 and for parameters without names; nothing has changed then.
         """
-        sources = [Weights(reference, "the reference"), Weights(base, "the base")]
+        self._take_weights([Weights(reference, "the reference"), Weights(base, "the base")])
+
+    def _take_weights(self, sources: list[Weights]) -> None:
         members = self._moving()
+        if members and "param_names" not in self.run:
+            raise ValueError(
+                "weights are found by name, and the parameters have none: give named_parameters() "
+                "to the optimizer, or param_name_map"
+            )
         check_weights(sources, [(name, param) for name, param, _, _ in members])
+        taus = []
         with torch.no_grad():
             for name, param, group, tensor_id in members:
-                new, old = (source[name].to(param.device) for source in sources)
-                self._set_tau(param, self._new_tau(new, old, group, tensor_id, name))
+                weights = [source[name].to(param.device) for source in sources]
+                if any(bool(tensor.isnan().any()) for tensor in weights):
+                    raise ValueError(f"the reference or the base has NaN in {name!r}")
+                taus.append(self._new_tau(weights, group, tensor_id, name))
+        with uninterrupted():
+            for (_, param, _, _), tau in zip(members, taus, strict=True):
+                self._set_tau(param, tau)
 
     def _new_tau(
-        self, new: Tensor, old: Tensor, group: Group, tensor_id: int, name: str
+        self, weights: list[Tensor], group: Group, tensor_id: int, name: str
     ) -> Tensor | SparseTau:
         """τ of one parameter, as the method keeps it."""
         raise TypeError(f"{type(self).__name__} must say what its τ is")
@@ -89,6 +102,7 @@ class MergingAdamW(MergingState):
             if param.requires_grad
         ]
 
+    @torch.compiler.disable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, of the parameters that have gradients.
 
@@ -108,6 +122,10 @@ class MergingAdamW(MergingState):
             for member in self._members():
                 kinds.setdefault(member.kind, []).append(member)
             prepared = [(members, self._prepare(members)) for members in kinds.values()]
+            if len(prepared) > 1:
+                # Nothing is written to the first before the last has been looked at.
+                for _, step in prepared:
+                    ops.check_merge_step(step)
             with uninterrupted():
                 for members, step in prepared:
                     ops.merge_step_(step)
@@ -118,21 +136,34 @@ class MergingAdamW(MergingState):
     def _members(self) -> list[Member]:
         for group in self.param_groups:
             check_group(group)
-        members = []
-        for name, param, group, tensor_id in self._moving():
-            if param.grad is None:
-                continue
-            self._check_grad(name, param.grad)
-            state, tau = self._own_state(param, group), self._tau(param)
-            members.append(Member(name, param, param.grad, state, group, tensor_id, tau))
-        missing = [m.name for m in members if m.tau is None and self._needs_tau(m.group)]
+            if self.run["semantics"] == "paper":
+                check_paper(group)
+        moving = [(*entry, grad) for entry in self._moving() if (grad := entry[1].grad) is not None]
+        for name, _, _, _, grad in moving:
+            self._check_grad(name, grad)
+        missing = [
+            name
+            for name, param, group, _, _ in moving
+            if self._tau(param) is None and self._needs_tau(group)
+        ]
         if missing:
             more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
             raise RuntimeError(
                 f"{type(self).__name__} has no reference for {', '.join(missing[:8])}{more}: give "
-                "reference= and base=, or call set_reference"
+                "it to the constructor, or call set_reference"
             )
-        return members
+        return [
+            Member(
+                name=name,
+                param=param,
+                grad=grad,
+                state=self._own_state(param, group),
+                group=group,
+                tensor_id=tensor_id,
+                tau=self._tau(param),
+            )
+            for name, param, group, tensor_id, grad in moving
+        ]
 
     def _check_grad(self, name: str, grad: Tensor) -> None:
         if grad.layout != torch.strided or grad.is_complex():
@@ -143,8 +174,7 @@ class MergingAdamW(MergingState):
 
     def _prepare(self, members: list[Member]) -> MergeStep:
         for member in members:
-            if self._versions.knows(member.param) and self._versions.changed(member.param):
-                self._refresh(member.param)
+            self._refresh_if_touched(member.param)
         tables = self._clock(members).tables(members, self._numbers)
         steps, mask = _steps(members, tables), _mask_of_all(members, tables, self.run["seed"])
         mask = self._mask(members, steps, mask)

@@ -10,13 +10,16 @@ Group = dict[str, Any]
 
 # Steps of a smaller L1 norm are not rescaled.
 NEGLIGIBLE = 1e-8
+LARGEST = 2.0**128
+# Words have 32 bits: of less nothing is ever kept.
+SMALLEST_P = 2.0**-32
 
 
 def check_group(group: Group) -> None:
     """Raises ValueError, naming it, for a hyper-parameter that is out of range."""
     for key in ("lr", "weight_decay", "eps"):
-        if not (is_number(group[key]) and 0 <= group[key] < float("inf")):
-            raise ValueError(f"{key} must be at least 0 and finite, not {group[key]!r}")
+        if not (is_number(group[key]) and 0 <= group[key] < LARGEST):
+            raise ValueError(f"{key} must be at least 0 and finite in float32, not {group[key]!r}")
     betas = group["betas"]
     if (
         not isinstance(betas, (tuple, list))
@@ -28,8 +31,8 @@ def check_group(group: Group) -> None:
         if key in group and not (is_number(group[key]) and 0 <= group[key] <= 1):
             raise ValueError(f"{key} must be at least 0 and at most 1, not {group[key]!r}")
     p = group.get("reserve_p", 1.0)
-    if not (is_number(p) and 0 < p <= 1):
-        raise ValueError(f"reserve_p must be above 0 and at most 1, not {p!r}")
+    if not (is_number(p) and SMALLEST_P <= p <= 1):
+        raise ValueError(f"reserve_p must be above 0 (at least 2^-32) and at most 1, not {p!r}")
     clip = group.get("clip_val", 1.0)
     if not (is_number(clip) and clip > 0):
         raise ValueError(f"clip_val must be above 0, not {clip!r}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zokern import checks
+from zokern.checks import RESIDUAL_DTYPES, check_disjoint
 from zokern.merging import SparseTau
 from zokern.optim.merging_groups import Group, check_group, check_paper
 from zokern.optim.parameters import (
@@ -17,7 +17,15 @@ from zokern.optim.parameters import (
     named,
     restore_tensors,
 )
-from zokern.optim.precision import PRECISIONS, VALUE_KEYS, log_memory, new_value_state, resolve
+from zokern.optim.precision import (
+    PRECISIONS,
+    VALUE_KEYS,
+    log_memory,
+    new_value_state,
+    resolve,
+    same_bits,
+)
+from zokern.optim.reference import check_sparse
 from zokern.optim.settings import run_seed
 from zokern.optim.versions import Versions
 
@@ -61,7 +69,8 @@ class MergingState(Optimizer):
         for key, allowed in (
             ("semantics", tuple(self.METHODS)),
             ("precision", PRECISIONS),
-            ("state_dtype", checks.PARAM_DTYPES),
+            # In float16 the squares of most gradients are 0.
+            ("state_dtype", (torch.float32, torch.bfloat16)),
         ):
             if run[key] not in allowed:
                 raise ValueError(
@@ -102,6 +111,11 @@ class MergingState(Optimizer):
                 check_paper(group)
             check_params(group, shared["precision"], type(self).__name__)
             check_tensor_ids(self.param_groups)
+            check_disjoint(
+                ("parameter", i, param, True)
+                for i, (_, param) in enumerate(named(self.param_groups))
+                if not param.is_meta
+            )
         except Exception:
             self.param_groups.pop()
             raise
@@ -132,10 +146,13 @@ class MergingState(Optimizer):
         state = self.state[param]
         if not param.requires_grad:
             return state
-        value = param.detach()
-        if "step" not in state:
-            step = torch.zeros((), device=param.device) if group["capturable"] else 0
-            state["step"] = step
+        value, is_new = param.detach(), "exp_avg" not in state
+        # Between int and tensor, as a GPU that counts by itself needs it.
+        step = state.get("step", 0)
+        if group["capturable"] and not isinstance(step, Tensor):
+            state["step"] = torch.tensor(float(step), device=param.device)
+        elif not group["capturable"]:
+            state["step"] = int(step)
         for key in ("exp_avg", "exp_avg_sq"):
             if key not in state:
                 state[key] = torch.zeros_like(value, dtype=group["state_dtype"])
@@ -143,6 +160,8 @@ class MergingState(Optimizer):
             state["cached_delta"] = torch.zeros_like(value, dtype=torch.float32)
         if not any(key in state for key in VALUE_KEYS):
             state.update(new_value_state(param, resolve(group["precision"], param.dtype)))
+        if is_new:
+            self._versions.note([param])
         return state
 
     def _set_tau(self, param: Tensor, tau: Tensor | SparseTau) -> None:
@@ -163,9 +182,9 @@ class MergingState(Optimizer):
     def refresh(self) -> None:
         """Take the parameters as they are now for the weights.
 
-        What is kept beside them (masters, residuals) belongs to the weights that this optimizer has
-        written. Where it sees that somebody else has written to a parameter, it does this by
-        itself.
+        What is kept beside them (masters, residuals, the Δ since the last merge) belongs to the
+        weights that this optimizer has written. Where it sees that somebody else has written to a
+        parameter, it does this by itself.
         """
         for _, param in named(self.param_groups):
             self._refresh(param)
@@ -174,9 +193,21 @@ class MergingState(Optimizer):
         state = self.state[param]
         if "master" in state:
             state["master"].copy_(param.detach())
-        if "residual" in state:
-            state["residual"].zero_()
+        for key in ("residual", "cached_delta"):
+            if key in state:
+                state[key].zero_()
         self._versions.note([param])
+
+    def _refresh_if_touched(self, param: Tensor) -> None:
+        """What a parameter that somebody else has written to does not go with any more."""
+        if self._versions.knows(param):
+            touched = self._versions.changed(param)
+        else:
+            # A state that was loaded: its master goes with the parameter, or with another one.
+            master = self.state[param].get("master")
+            touched = master is not None and not same_bits(param, master.to(param.dtype))
+        if touched:
+            self._refresh(param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where another optimizer of the same parameters stood when it gave this state.
@@ -190,26 +221,44 @@ class MergingState(Optimizer):
         groups = state_dict.get("param_groups", [])
         saved: Group = groups[0] if groups else {}
         owner = type(self).__name__
-        missing = [key for key in (*self.defaults, *self._run_defaults) if key not in saved]
+        # torch adds one of its own to the defaults when it loads a state.
+        wanted = {*self.defaults, *self._run_defaults} - {"differentiable"}
+        missing = sorted(key for key in wanted if key not in saved)
         if missing:
             raise ValueError(f"not a state of {owner}: it has no {', '.join(missing)}")
         if saved["method"] != owner:
             raise ValueError(f"not a state of {owner}, but of {saved['method']}")
-        self._check_shapes(state_dict)
         check_names(self.param_groups, groups)
+        for group in groups:
+            check_group(group)
+        self._check_saved(state_dict)
         super().load_state_dict(state_dict)
         restore_tensors(self, state_dict)
         self._begin()
 
-    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+    def _check_saved(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError, naming it, for a tensor that does not fit its parameter."""
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, (name, param) in zip(saved, named(self.param_groups), strict=False):
-            moment = state_dict["state"].get(number, {}).get("exp_avg")
-            if moment is not None and moment.shape != param.shape:
+            state = state_dict["state"].get(number, {})
+            wanted = ("exp_avg", "exp_avg_sq") if state else ()
+            missing = [key for key in wanted if key not in state]
+            if missing:
+                raise ValueError(f"the state of {name} has no {', '.join(missing)}")
+            for key in (*wanted, *VALUE_KEYS, "cached_delta", "tau_ref"):
+                if key in state and state[key].shape != param.shape:
+                    raise ValueError(
+                        f"the state's {key} of {name} has the shape {tuple(state[key].shape)}, the "
+                        f"parameter {tuple(param.shape)}"
+                    )
+            residual = state.get("residual")
+            if residual is not None and residual.dtype not in RESIDUAL_DTYPES[param.dtype]:
                 raise ValueError(
-                    f"the state's exp_avg of {name} has the shape {tuple(moment.shape)}, the "
-                    f"parameter {tuple(param.shape)}"
+                    f"the state's residual of {name} is {residual.dtype}, which does not go with a "
+                    f"{param.dtype} parameter"
                 )
+            if "tau_values" in state:
+                check_sparse(name, SparseTau(*(state[key] for key in TAU_KEYS)), param.numel())
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_run_defaults": self._run_defaults}

@@ -15,4 +15,5 @@ def plain_name(name: str) -> str:
     for before, part in pairwise(parts):
         if not (before.startswith(_ADAPTER_PARENTS) and part not in ("weight", "bias")):
             kept.append(part)
-    return ".".join(kept)
+    # PEFT saves a module that is trained as a whole under the name that it has without PEFT.
+    return ".".join(part for part in kept if part != "modules_to_save")

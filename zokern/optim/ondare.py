@@ -12,7 +12,7 @@ from zokern import noise, ops
 from zokern.merging import AdamNumbers, AdamSteps, Mask, SparseTau
 from zokern.optim.merging import Member, MergingAdamW
 from zokern.optim.merging_groups import NEGLIGIBLE, Group, limit_of
-from zokern.optim.reference import Source, smaller
+from zokern.optim.reference import Source, smaller, stored_dtype
 
 
 class OnDAREAdamW(MergingAdamW):
@@ -35,7 +35,8 @@ class OnDAREAdamW(MergingAdamW):
 
     A constructor call of QwenLM's ``online_merging.OnDAREAdamW`` does the same here. Masks come
     from the noise contract (:mod:`zokern.noise`), law ``uniform32``: draw t, the parameter's number
-    of steps from 1 on, for Δ, draw 0 for τ; so a run is the same on every backend.
+    of steps from 1 on, for Δ, draw 0 for τ (the paper's semantics: t + 2^31); so a run is the same
+    on every backend.
 
     Args:
         params: as ``torch.optim`` takes them; ``model.named_parameters()`` is best: names find the
@@ -57,9 +58,9 @@ class OnDAREAdamW(MergingAdamW):
         reference, base: what τ is made of, see :meth:`set_reference`; together or not at all.
         seed: of the masks, below 2^64; None takes one from torch's generator.
         precision: how half-precision weights are kept, as for :class:`zokern.MeZO`: ``inplace``,
-            ``split8``, ``split`` or ``master``; ``auto`` is ``split``, so that an α of 1e-7
-            arrives.
-        state_dtype: of the two moments.
+            ``split8``, ``split`` or ``master``; ``auto`` is ``split``: what is added is then lost
+            only where float32 would lose it.
+        state_dtype: of the two moments, float32 or bfloat16.
         maximize: maximize the loss.
         capturable: keep steps on the device, so that a CUDA graph can capture them.
 
@@ -151,10 +152,11 @@ class OnDAREAdamW(MergingAdamW):
         return torch.where(every >= NEGLIGIBLE, every / (scale * kept + eps), 1.0)
 
     def _new_tau(
-        self, new: Tensor, old: Tensor, group: Group, tensor_id: int, name: str
+        self, weights: list[Tensor], group: Group, tensor_id: int, name: str
     ) -> Tensor | SparseTau:
+        new, old = weights
         tau = new.float() - old.float()
-        dtype = torch.promote_types(new.dtype, old.dtype)
+        dtype = stored_dtype(new, old)
         if self.run["semantics"] == "paper":
             return tau.to(dtype)
         p, clip = float(group["reserve_p"]), float(group["clip_val"])

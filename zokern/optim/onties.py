@@ -12,7 +12,7 @@ from zokern import ops
 from zokern.merging import AdamSteps, Mask, SparseTau
 from zokern.optim.merging import Member, MergingAdamW
 from zokern.optim.merging_groups import NEGLIGIBLE, Group
-from zokern.optim.reference import Source, smaller
+from zokern.optim.reference import Source, smaller, stored_dtype
 
 
 class OnTIESAdamW(MergingAdamW):
@@ -150,9 +150,10 @@ class OnTIESAdamW(MergingAdamW):
         return torch.where((every >= NEGLIGIBLE) & (kept > 0), every / kept, 1.0)
 
     def _new_tau(
-        self, new: Tensor, old: Tensor, group: Group, tensor_id: int, name: str
+        self, weights: list[Tensor], group: Group, tensor_id: int, name: str
     ) -> Tensor | SparseTau:
-        dtype = torch.promote_types(new.dtype, old.dtype)
+        new, old = weights
+        dtype = stored_dtype(new, old)
         tau = (new.float() - old.float()).to(dtype)
         k = self._kept(group, name, tau.numel())
         if k >= tau.numel():

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zokern import checks
 from zokern.laws import canonical_name, tensor_id
@@ -49,6 +50,11 @@ def check_params(group: dict[str, Any], precision: str, owner: str) -> None:
         if param.dtype not in checks.PARAM_DTYPES:
             raise TypeError(
                 f"{owner} moves float32, bfloat16 and float16 parameters; {name} is {param.dtype}"
+            )
+        if is_traceable_wrapper_subclass(param):
+            raise TypeError(
+                f"{owner} takes plain tensors; {name} is a {type(param).__name__}, whose parts "
+                "belong to several devices"
             )
         if param.layout != torch.strided or not checks.is_dense(param):
             raise ValueError(

@@ -52,3 +52,9 @@ def log_memory(owner: str, precision: str, params: list[Tensor], state: list[Ten
         "%s: precision=%r adds %.2f bytes per parameter (%.1f MB for %d parameters)",
         *(owner, precision, per_param, extra / 1e6, numel),
     )
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal also where both are NaN."""
+    bits = torch.int32 if a.dtype == torch.float32 else torch.int16
+    return torch.equal(a.detach().view(bits), b.view(bits))

@@ -16,7 +16,7 @@ from zokern.optim.parameters import (
     restore_tensors,
     tensor_ids,
 )
-from zokern.optim.precision import VALUE_KEYS, new_value_state, resolve
+from zokern.optim.precision import VALUE_KEYS, new_value_state, resolve, same_bits
 from zokern.optim.recording import Recorder
 from zokern.optim.rules import Rule, rule_of
 from zokern.optim.settings import SETTINGS, run_settings
@@ -243,7 +243,7 @@ class ZOState(Optimizer):
             if not param.requires_grad:
                 # Frozen, it is not moved, and looked at again when it is thawed.
                 continue
-            if master is not None and at_rest and not _same_bits(param, master.to(param.dtype)):
+            if master is not None and at_rest and not same_bits(param, master.to(param.dtype)):
                 return name, param, "has a master in the optimizer"
             # What was loaded belongs to parameters that are loaded too.
             if known and "residual" in state:
@@ -319,9 +319,3 @@ class ZOState(Optimizer):
             f"{type(self).__name__} uses no gradients, so there is nothing to scale: call "
             "optimizer.step(closure) without a GradScaler"
         )
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal also where both are NaN."""
-    bits = torch.int32 if a.dtype == torch.float32 else torch.int16
-    return torch.equal(a.detach().view(bits), b.view(bits))
