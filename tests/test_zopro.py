@@ -243,7 +243,7 @@ def test_delta_is_the_difference_of_what_both_have():
         ("base_model.model.h.0.lora_A.default.weight", "h.0.lora_A.weight"),
         ("base_model.model.h.0.lora_A.weight", "h.0.lora_A.weight"),
         ("h.0.lora_embedding_A.other", "h.0.lora_embedding_A"),
-        ("base_model.model.score.modules_to_save.default.weight", "score.modules_to_save.weight"),
+        ("base_model.model.score.modules_to_save.default.weight", "score.weight"),
         ("module.h.0.c_attn.weight", "h.0.c_attn.weight"),
         ("h.0.c_attn.bias", "h.0.c_attn.bias"),
     ],
