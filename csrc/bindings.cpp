@@ -6,6 +6,7 @@
 
 #include "cpu/cpu.h"
 #include "cuda/cuda.h"
+#include "deltas.h"
 #include "sweep.h"
 
 namespace py = pybind11;
@@ -123,6 +124,36 @@ MergeTensor make_merge_tensor(uintptr_t param, uintptr_t residual, uintptr_t mas
             tau};
 }
 
+// `ratios`, `thresholds` and `cuts` have a row for each model with a number for each tensor; 0
+// where there are none.
+DeltaMerge make_merge(const std::vector<Dense>& outs, const std::vector<Dense>& bases,
+                      const std::vector<std::vector<Dense>>& models, const Ints& numels,
+                      const std::vector<uint64_t>& tensor_ids, const Floats& weights,
+                      uintptr_t ratios, uintptr_t thresholds, uintptr_t cuts,
+                      const std::vector<uint64_t>& limits, const std::vector<uint32_t>& draws,
+                      uint64_t seed, bool rounded, int votes, bool zero_up, int combine,
+                      float divisor, float scale) {
+    const size_t count = outs.size();
+    const auto entry = [](auto* numbers, size_t i) { return numbers ? numbers + i : nullptr; };
+    DeltaMerge merge;
+    merge.rules = {int(models.size()), seed,    rounded, zero_up, Votes(votes),
+                   Combine(combine),   divisor, scale};
+    for (size_t i = 0; i < count; ++i) {
+        merge.tensors.push_back({reinterpret_cast<void*>(outs[i].first), Storage(outs[i].second),
+                                 bases.empty() ? DenseTensor{} : dense_tensor(bases.at(i)),
+                                 numels.at(i), tensor_ids.at(i), int64_t(merge.sources.size())});
+        for (size_t m = 0; m < models.size(); ++m) {
+            const size_t at = m * count + i;
+            merge.sources.push_back({dense_tensor(models[m].at(i)),
+                                     entry(reinterpret_cast<const float*>(ratios), at),
+                                     entry(reinterpret_cast<const float*>(thresholds), at),
+                                     entry(reinterpret_cast<const int64_t*>(cuts), at),
+                                     weights.at(m), draws.at(m), limits.at(m)});
+        }
+    }
+    return merge;
+}
+
 // What values are computed from. Adam's are those of tensors with moments.
 using Values = std::vector<ValueTensor>;
 
@@ -201,6 +232,12 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init(&make_products), py::kw_only(), py::arg("vectors"), py::arg("numels"),
              py::arg("offsets"), py::arg("row_lengths"), py::arg("row_strides"),
              py::arg("tensor_ids"), py::arg("law"), py::arg("seed"), py::arg("draw"));
+    py::class_<DeltaMerge>(m, "DeltaMerge")
+        .def(py::init(&make_merge), py::kw_only(), py::arg("outs"), py::arg("bases"),
+             py::arg("models"), py::arg("numels"), py::arg("tensor_ids"), py::arg("weights"),
+             py::arg("ratios"), py::arg("thresholds"), py::arg("cuts"), py::arg("limits"),
+             py::arg("draws"), py::arg("seed"), py::arg("rounded"), py::arg("votes"),
+             py::arg("zero_up"), py::arg("combine"), py::arg("divisor"), py::arg("scale"));
 
     py::class_<AdamTensor>(m, "AdamTensor").def(py::init(&make_adam));
     py::class_<MaskTensor>(m, "MaskTensor").def(py::init(&make_mask));
@@ -255,6 +292,7 @@ PYBIND11_MODULE(_C, m) {
         },
         no_gil);
 
+    m.def("cpu_merge_deltas", &cpu_merge_deltas, no_gil);
     m.def(
         "cpu_select",
         [](const Selection& selection, uintptr_t thresholds, uintptr_t cuts, uintptr_t largest,
@@ -270,6 +308,7 @@ PYBIND11_MODULE(_C, m) {
         no_gil);
 
     m.def("host_grid_sweep", &host_grid_sweep, no_gil);
+    m.def("host_grid_merge_step", &host_grid_merge_step, no_gil);
     m.def(
         "host_grid_inner_products",
         [](const Products& products, uintptr_t out) {
@@ -285,10 +324,25 @@ PYBIND11_MODULE(_C, m) {
         },
         no_gil);
 
+    m.def(
+        "host_grid_select",
+        [](const Selection& selection, uintptr_t thresholds, uintptr_t cuts, uintptr_t largest,
+           size_t shared_bytes) {
+            host_grid_select(selection, make_thresholds(thresholds, cuts, largest), shared_bytes);
+        },
+        no_gil);
+    m.def(
+        "host_grid_l1_sums",
+        [](const L1Sums& sums, uintptr_t out) {
+            host_grid_l1_sums(sums, reinterpret_cast<float*>(out));
+        },
+        no_gil);
+
 #ifdef ZOKERN_WITH_CUDA
     m.def("cuda_architectures", &cuda_architectures);
     m.def("cuda_why_not", &cuda_why_not);
     m.def("cuda_sweep", &cuda_sweep, no_gil);
+    m.def("cuda_merge_step", &cuda_merge_step, no_gil);
     m.def("count_partials", &count_partials);
     m.def(
         "cuda_inner_products",
@@ -310,6 +364,23 @@ PYBIND11_MODULE(_C, m) {
            uintptr_t out, int device, uintptr_t stream) {
             cuda_sample(Law(law), numel, seed, draw, tensor_id, offset,
                         reinterpret_cast<void*>(out), device, stream);
+        },
+        no_gil);
+    m.def("cuda_select_scratch", &cuda_select_scratch);
+    m.def(
+        "cuda_select",
+        [](const Selection& selection, uintptr_t thresholds, uintptr_t cuts, uintptr_t largest,
+           uintptr_t scratch, int device, uintptr_t stream) {
+            cuda_select(selection, make_thresholds(thresholds, cuts, largest),
+                        reinterpret_cast<void*>(scratch), device, stream);
+        },
+        no_gil);
+    m.def("l1_scratch", &l1_scratch);
+    m.def(
+        "cuda_l1_sums",
+        [](const L1Sums& sums, uintptr_t out, uintptr_t scratch, int device, uintptr_t stream) {
+            cuda_l1_sums(sums, reinterpret_cast<float*>(out), reinterpret_cast<void*>(scratch),
+                         device, stream);
         },
         no_gil);
 #else

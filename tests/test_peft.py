@@ -93,3 +93,38 @@ def test_a_trained_adapter_is_saved_and_replayed(tmp_path):
     base = make_lora()
     zokern.replay(base, trajectory)
     assert same([p for _, p in trainable(base)], [p for _, p in trainable(model)])
+
+
+@pytest.mark.parametrize("cls", [zokern.OnDAREAdamW, zokern.OnTIESAdamW])
+@pytest.mark.parametrize("given", ["modules", "state dicts"])
+def test_a_policys_adapter_is_merged_with_that_of_its_reference(cls, given):
+    policy, reference, base = make_lora(), make_lora(), make_lora()
+    reference.add_adapter("sft", reference.peft_config["default"])
+    reference.set_adapter("sft")
+    reference.delete_adapter("default")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, param in trainable(reference):
+            param.copy_(0.1 * torch.randn(param.shape, generator=generator))
+    if given == "modules":
+        sources = reference, base
+    else:
+        sources = (
+            peft.get_peft_model_state_dict(reference, adapter_name="sft"),
+            peft.get_peft_model_state_dict(base),
+        )
+    opt = cls(
+        policy.named_parameters(),
+        lr=0.0,
+        alpha=0.25,
+        use_merge=True,
+        reference=sources[0],
+        base=sources[1],
+    )
+    before = {name: param.detach().clone() for name, param in trainable(policy)}
+    loss_of(policy)().backward()
+    opt.step()
+    wanted = dict(zip(before, [p for _, p in trainable(reference)], strict=True))
+    for name, param in trainable(policy):
+        tau = wanted[name] - before[name]
+        assert torch.allclose(param, before[name] + 0.25 * tau, atol=1e-6), name

@@ -1,7 +1,7 @@
 """Triton's kernels compiled for GPUs that need not be there: what their machine code is like.
 
-Triton compiles with its interpreter off. So this file, run as a program, compiles what a sweep or
-inner products launch and prints what it finds in the code; the tests look at that.
+Triton compiles with its interpreter off. So this file, run as a program, compiles what a sweep,
+inner products or selections launch and prints what it finds in the code; the tests look at that.
 """
 
 import json
@@ -20,6 +20,15 @@ import pytest
 import torch
 
 from zokern.laws import LAWS
+from zokern.merging import (
+    AdamNumbers,
+    AdamSteps,
+    Differences,
+    L1Sums,
+    Mask,
+    Selection,
+    Values,
+)
 from zokern.sweep import InnerProducts, Shard, Sweep, Update
 
 pytest.importorskip("triton")
@@ -67,10 +76,17 @@ COMPILED = [
 # Sweeps that are not plain, and inner products with vectors of a dtype.
 FORMS = ("master-evaluates", "momentum", "two-dense", "everything")
 PRODUCTS = ("fp32", "bf16")
+# What magnitudes are selected from, and what is launched for them.
+VALUES = ("plain", "rounded", "adam")
+KERNELS = ("count", "ties", "cut", "sums")
 OTHERS = [
     f"{target}-{name}"
     for target in ONE_OF_EACH_MAKER
-    for name in (*FORMS, *(f"products-{dtype}" for dtype in PRODUCTS))
+    for name in (
+        *FORMS,
+        *(f"products-{dtype}" for dtype in PRODUCTS),
+        *(f"{values}-{kernel}" for values in VALUES for kernel in KERNELS),
+    )
 ]
 
 
@@ -122,6 +138,29 @@ def products_of(dtype: str) -> InnerProducts:
     return InnerProducts(plain.params, plain.shards, [0], draw=1, seed=2, law="gauss16")
 
 
+def values_named(name: str) -> Values:
+    numel = 1 << 16
+    half, single = torch.empty(numel, dtype=torch.bfloat16), torch.empty(numel)
+    if name == "plain":
+        return Differences([single])
+    if name == "rounded":
+        return Differences([half], [single], rounded=True)
+    numbers, merges = torch.tensor([AdamNumbers()]), torch.ones(1, dtype=torch.int64)
+    return AdamSteps([half], [half], [single], [single], numbers, merges)
+
+
+def select_and_sum(kernels: list, name: str) -> dict:
+    """The kernels that are launched, by what they do."""
+    from zokern.backends.triton import l1, selection
+
+    values, numbers = values_named(name), torch.zeros(1, dtype=torch.int64)
+    selection.select(Selection(values, [1000], False, None))
+    count, ties, cut = kernels[-3:]
+    shard = Shard(0, 1 << 16, 1 << 16)
+    l1.l1_sums(L1Sums(values, Mask(None, None, numbers, numbers, [shard], [0], 1)))
+    return dict(zip(KERNELS, (count, ties, cut, kernels[-2]), strict=True))
+
+
 class Driver:
     """A driver of a GPU that is not there."""
 
@@ -148,7 +187,7 @@ def compiled_for(name: str) -> Iterator[list]:
     """What would be launched on that GPU is compiled and collected instead."""
     from triton.runtime import driver
 
-    from zokern.backends.triton import launch, noise, perturb, products, update
+    from zokern.backends.triton import l1, launch, noise, perturb, products, selection, update
 
     kernels = []
     launched = (
@@ -156,6 +195,11 @@ def compiled_for(name: str) -> Iterator[list]:
         update.update_kernel,
         products.inner_products_kernel,
         noise.sample_kernel,
+        selection.count_kernel,
+        selection.ties_kernel,
+        selection.cut_kernel,
+        l1.l1_kernel,
+        l1.total_kernel,
     )
     runs = {kernel: kernel.run for kernel in launched}
     for kernel, run in runs.items():
@@ -266,6 +310,9 @@ def main() -> None:
                 for dtype in PRODUCTS:
                     products.inner_products(products_of(dtype))
                     reports[f"{target}-products-{dtype}"] = report(kernels[-1])
+                for values in VALUES:
+                    for name, kernel in select_and_sum(kernels, values).items():
+                        reports[f"{target}-{values}-{name}"] = report(kernel)
             for law in LAWS:
                 noise.sample(law, 100, **SAMPLE, device=torch.device("cpu"))
     with compiled_for("sm_90") as kernels:

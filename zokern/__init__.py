@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from zokern import noise, ops
+from zokern import merge, noise, ops
 from zokern.backends import use_backend
 from zokern.optim import (
     FZOO,
@@ -44,6 +44,7 @@ __all__ = [
     "ZOOptimizer",
     "ZOPrO",
     "__version__",
+    "merge",
     "noise",
     "ops",
     "param_groups",

@@ -1,18 +1,16 @@
-"""``python -m zokern``: what is installed and runs here. ``replay``: a trained checkpoint."""
+"""``python -m zokern``: what is installed and runs here; ``replay`` and ``merge`` checkpoints."""
 
 import argparse
 import platform
 import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
 import zokern
 from zokern import backends
-from zokern.checkpoints import CheckpointError, rewritten
-from zokern.trajectory import Trajectory, TrajectoryError
+from zokern.commands import add_merge, add_replay
 
 
 def _version(package: str) -> str:
@@ -60,48 +58,11 @@ def report() -> str:
     return "\n".join(f"{label:<{width}}{value}" for label, value in rows)
 
 
-def _replay(arguments: argparse.Namespace) -> None:
-    trajectory = Trajectory.load(arguments.run, allow_truncated=arguments.allow_truncated)
-    if trajectory.header is not None and not trajectory.header["named"]:
-        raise TrajectoryError(
-            f"{arguments.run} records parameters without names, which a checkpoint cannot be "
-            "matched with: use zokern.replay"
-        )
-    if arguments.out.absolute() == arguments.run.absolute():
-        raise CheckpointError(f"--out would overwrite the trajectory {arguments.run}")
-    device = _device(arguments.device)
-    # Stopped by a signal, it takes its temporary files along.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    with rewritten(arguments.base, arguments.out) as tensors:
-        zokern.replay(tensors, trajectory, device=device, progress=True)
-
-
-def _device(name: str | None) -> torch.device | None:
-    if name is None:
-        return None
-    try:
-        return torch.empty(0, device=name).device
-    except (AssertionError, RuntimeError) as error:
-        raise RuntimeError(f"the device {name!r} cannot be used: {error}") from None
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m zokern", description=__doc__)
     commands = parser.add_subparsers(title="commands")
-    replay = commands.add_parser(
-        "replay",
-        help="rebuild trained weights from base weights and a trajectory",
-        description="Rebuild trained weights from base weights and a trajectory. The output is "
-        "written beside its place and moved there at the end.",
-    )
-    replay.add_argument("base", type=Path, help="a safetensors file, or a folder of shards")
-    replay.add_argument("run", type=Path, help="the trajectory's file")
-    replay.add_argument("--out", type=Path, required=True, help="the new file or folder")
-    replay.add_argument("--device", help="where the kernels run, such as cuda; cpu by default")
-    replay.add_argument(
-        "--allow-truncated", action="store_true", help="take the whole steps of a run cut off"
-    )
-    replay.set_defaults(command=_replay)
+    add_replay(commands)
+    add_merge(commands)
     parser.set_defaults(command=lambda arguments: print(report()))
     return parser
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from zokern.deltas import DeltaMerge
 from zokern.laws import LAWS
 from zokern.merging import AdamNumbers, AdamSteps, Differences
 from zokern.sweep import InnerProducts, Shard, Sweep
@@ -78,6 +79,30 @@ def check_vector(products: InnerProducts, i: int) -> None:
         check_shard(vector, products.shards[i], products.law)
     except (TypeError, ValueError) as error:
         raise named_error(error, "vectors", i, vector) from None
+
+
+def check_delta_tensors(merge: DeltaMerge, i: int) -> None:
+    """Raises TypeError or ValueError, naming the operand, if an output cannot be merged."""
+    out, device = merge.outs[i], merge.outs[0].device
+    operands = [("outs", out)]
+    if merge.bases is not None:
+        operands.append(("bases", merge.bases[i]))
+    operands += [(f"models[{m}]", model[i]) for m, model in enumerate(merge.models)]
+    for name, tensor in operands:
+        try:
+            check_plain(tensor)
+            check_dtype(tensor)
+            if tensor.shape != out.shape or tensor.device != device:
+                raise ValueError(
+                    f"it must have the shape {tuple(out.shape)} of its output and the device "
+                    f"{device} of outs[0]; it is on {tensor.device}"
+                )
+            if tensor is out:
+                if not out.is_contiguous():
+                    raise ValueError(f"its strides are {out.stride()}: an output is contiguous")
+                check_elements(out.numel(), "uniform32")
+        except (TypeError, ValueError) as error:
+            raise named_error(error, name, i, tensor) from None
 
 
 def check_difference(values: Differences, i: int) -> None:

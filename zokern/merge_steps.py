@@ -230,6 +230,8 @@ def _check_tables(step: MergeStep) -> None:
         raise ValueError("thresholds and cuts belong together")
     if step.method.startswith("ties") and mask.thresholds is None:
         raise ValueError(f"{step.method} masks by magnitude: give thresholds and cuts")
+    if step.method.startswith("dare") and mask.thresholds is not None:
+        raise ValueError(f"{step.method} masks at random: it takes no thresholds")
     if step.method == "ema" and (step.taus is None or step.steps.cached is not None):
         raise ValueError("ema pulls towards a reference, whose weights are taus, on every step")
     for name, table, dtype, shape in (

@@ -40,6 +40,7 @@ from zokern.checks import (
 )
 from zokern.laws import LAWS
 from zokern.magnitudes import adam_threshold, difference_threshold, l1_sums, magnitude_threshold
+from zokern.merge_op import merge_deltas
 from zokern.merge_steps import merge_step_
 from zokern.sweep import InnerProducts, Shard, Sweep, Update
 
@@ -50,6 +51,7 @@ __all__ = [
     "inner_products",
     "l1_sums",
     "magnitude_threshold",
+    "merge_deltas",
     "merge_step_",
     "noise_sample",
     "perturb_",

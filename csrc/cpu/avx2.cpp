@@ -10,9 +10,12 @@
 #include "select_kernels.h"
 //
 #include "merge_driver.h"
+//
+#include "deltas.h"
 
 namespace zokern {
-const CpuKernels kAvx2Kernels = {Simd::kName, sweep,        products,   sample,  values,
-                                 histogram,   count_equals, find_equal, l1_sums, merge_step};
+const CpuKernels kAvx2Kernels = {Simd::kName, sweep,      products,     sample,
+                                 values,      histogram,  count_equals, find_equal,
+                                 l1_sums,     merge_step, merge_deltas};
 }  // namespace zokern
 #endif

@@ -104,4 +104,13 @@ void cpu_values(Law law, const uint32_t* words, int64_t groups, void* out,
     kernels_named(capability).values(law, words, groups, out);
 }
 
+void cpu_merge_deltas(const DeltaMerge& merge, const std::string& capability, int threads) {
+    const CpuKernels& kernels = kernels_named(capability);
+    over_tensors(merge.tensors, threads, [&](size_t i, int64_t begin, int64_t end) {
+        const DeltaTensor& tensor = merge.tensors[i];
+        const DeltaSource* sources = merge.sources.data() + tensor.first_source;
+        kernels.merge_deltas(merge.rules, tensor, sources, begin, end);
+    });
+}
+
 }  // namespace zokern

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "../deltas.h"
 #include "../magnitudes.h"
 #include "../merging.h"
 #include "../sweep.h"
@@ -35,6 +36,7 @@ void cpu_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t t
 void cpu_values(Law law, const uint32_t* words, int64_t groups, void* out,
                 const std::string& capability);
 
+void cpu_merge_deltas(const DeltaMerge& merge, const std::string& capability, int threads);
 void cpu_select(const Selection& selection, const Thresholds& out, const std::string& capability,
                 int threads);
 

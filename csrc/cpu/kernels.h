@@ -5,6 +5,7 @@
 // function that an older CPU runs too.
 #pragma once
 
+#include "../deltas.h"
 #include "../magnitudes.h"
 #include "../merging.h"
 #include "../sums.h"
@@ -56,6 +57,9 @@ struct CpuKernels {
                     int64_t end, ExactSum& all, ExactSum& kept);
     // Takes elements [begin, end) of one tensor through a merging optimizer's step.
     void (*merge_step)(Method, uint64_t seed, const MergeTensor&, int64_t begin, int64_t end);
+    // Merges elements [begin, end) of a tensor.
+    void (*merge_deltas)(const DeltaRules&, const DeltaTensor&, const DeltaSource* sources,
+                         int64_t begin, int64_t end);
 };
 
 extern const CpuKernels kPortableKernels;

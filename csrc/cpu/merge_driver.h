@@ -2,66 +2,12 @@
 #pragma once
 
 #include "../merge_element.h"
+#include "../sparse_tau.h"
 #include "adam_block.h"
+#include "masks.h"
 
 namespace zokern {
 namespace {
-
-// Values of a block begin this many elements after those of a group of uniform32.
-int64_t lead_of(int64_t element) { return element % elements_per_group(Law::uniform32); }
-
-// Takes 0 for what the mask does not keep. There is room for a group's elements before the values.
-void drop_at_random(const MaskTensor& mask, uint64_t seed, uint32_t draw, int64_t element,
-                    int64_t n, float* values) {
-    if (*mask.limit >= int64_t(1) << 32) return;
-    const Stream stream = make_stream(seed, mask.tensor_id, draw, Law::uniform32);
-    const int64_t lead = lead_of(element);
-    keep_below(stream, uint32_t(element / elements_per_group(Law::uniform32)), lead + n,
-               uint32_t(*mask.limit), values - lead);
-}
-
-// Likewise by magnitude, of elements i, i + 1, ….
-void drop_by_magnitude(const MaskTensor& mask, int64_t i, int64_t n, float* values) {
-    const uint32_t threshold = magnitude(*mask.threshold);
-    int64_t ties = *mask.cut - i;
-    ties = ties < 0 ? 0 : ties < n ? ties : n;
-    for (int64_t j = 0; j < ties; ++j)
-        values[j] = magnitude(values[j]) >= threshold ? values[j] : 0.0f;
-    for (int64_t j = ties; j < n; ++j)
-        values[j] = magnitude(values[j]) > threshold ? values[j] : 0.0f;
-}
-
-// The first of the sparse elements from `begin` on whose place is not below `place`.
-int64_t find_place(const TauTensor& tau, int64_t begin, int64_t end, uint32_t place) {
-    while (begin < end) {
-        const int64_t middle = begin + (end - begin) / 2;
-        if (tau.places[middle] < place)
-            begin = middle + 1;
-        else
-            end = middle;
-    }
-    return begin;
-}
-
-template <Storage type>
-float sparse_value(const void* values, int64_t k) {
-    uint32_t bits = 0;
-    memcpy(&bits, static_cast<const char*>(values) + k * param_bytes(type), param_bytes(type));
-    return load_value<type>({bits, 0});
-}
-
-float sparse_value(const DenseTensor& values, int64_t k) {
-    switch (values.type) {
-        case Storage::bf16:
-            return sparse_value<Storage::bf16>(values.data, k);
-        case Storage::fp16:
-            return sparse_value<Storage::fp16>(values.data, k);
-        default:
-            return sparse_value<Storage::fp32>(values.data, k);
-    }
-}
-
-constexpr int64_t kBucket = 1 << 16;  // elements whose sparse places are counted together
 
 // Where the sparse elements from `element` on begin, if it is not negative.
 struct TauCursor {
@@ -101,7 +47,7 @@ template <Method method>
 void mask(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n, int64_t element,
           MergeBlock& b) {
     if constexpr (method == Method::ties || method == Method::ties_paper) {
-        drop_by_magnitude(tensor.mask, i, n, b.delta);
+        keep_by_threshold(tensor.mask, i, n, b.delta, b.delta);
     } else {
         const uint32_t draw = uint32_t(*tensor.mask.draw);
         drop_at_random(tensor.mask, seed, draw, element, n, b.delta);
@@ -126,6 +72,11 @@ void merge_values(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n
     for (int64_t j = 0; j < n; ++j)
         value[j] = merged<method>(numbers, value[j], cached[j], b.tau[j], b.delta[j]);
     zero(cached, 0, n);
+}
+
+// Where a block's new moments can be computed: in the state itself if that is float32.
+float* state_or(void* state, Storage type, int64_t i, AdamBuffer& buffer) {
+    return type == Storage::fp32 ? static_cast<float*>(state) + i : buffer.t;
 }
 
 // Elements [i, i + n), the first of them `element` of the full tensor.
@@ -153,7 +104,7 @@ void merge_block(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n,
     else
         load_block<storage>(place, i, n, b.values.t);
     if (adam.cached != nullptr) memcpy(b.caches.t, adam.cached + i, size_t(n) * sizeof(float));
-    if (*adam.merges) {
+    if (method == Method::ema || *adam.merges) {
         merge_values<method>(tensor, seed, i, n, element, cursor, b);
     } else {
         const AdamNumbers numbers = *adam.numbers;

@@ -112,8 +112,11 @@ int64_t filter(const float* values, int64_t n, const Bracket& bracket, uint32_t*
 #include "select_kernels.h"
 //
 #include "merge_driver.h"
+//
+#include "deltas.h"
 
 namespace zokern {
-const CpuKernels kPortableKernels = {"portable", sweep,        products,   sample,  values,
-                                     histogram,  count_equals, find_equal, l1_sums, merge_step};
+const CpuKernels kPortableKernels = {"portable", sweep,      products,     sample,
+                                     values,     histogram,  count_equals, find_equal,
+                                     l1_sums,    merge_step, merge_deltas};
 }  // namespace zokern

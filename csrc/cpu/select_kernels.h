@@ -3,6 +3,7 @@
 // The including file has defined `filter` for whole vectors of kFiltered values.
 #pragma once
 
+#include "masks.h"
 #include "values.h"
 
 namespace zokern {

@@ -5,6 +5,8 @@
 #include <stdexcept>
 
 #include "cuda.h"
+#include "launch.cuh"
+#include "merge_kernel.h"
 #include "plan.h"
 #include "product_body.h"
 #include "sample_body.h"
@@ -12,34 +14,6 @@
 
 namespace zokern {
 namespace {
-
-std::string describe(cudaError_t status) {
-    return std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status);
-}
-
-void check(cudaError_t status, const char* what) {
-    if (status == cudaSuccess) return;
-    cudaGetLastError();  // forgets it: the next launch must not be blamed
-    throw std::runtime_error(std::string(what) + " failed with " + describe(status));
-}
-
-class DeviceGuard {
-  public:
-    explicit DeviceGuard(int device) : device_(device) {
-        check(cudaGetDevice(&before_), "cudaGetDevice");
-        if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
-    }
-    ~DeviceGuard() {
-        // Only where needed: cudaSetDevice makes a context on a device that has none.
-        if (before_ != device_) cudaSetDevice(before_);
-    }
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  private:
-    const int device_;
-    int before_ = 0;
-};
 
 template <Law law>
 __global__ void __launch_bounds__(kThreads)
@@ -69,18 +43,20 @@ auto kernel_for(const ProductLaunch&) {
     return product_global<law>;
 }
 
+template <class Kernel, class Launch>
+void launch_one(Kernel kernel, const Launch& launch, uintptr_t stream, const char* what) {
+    kernel<<<launch.blocks, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(launch.batch);
+    check(cudaGetLastError(), what);
+}
+
 template <class Launch>
 void launch_all(Law law, const std::vector<Launch>& launches, int device, uintptr_t stream,
                 const char* what) {
     if (launches.empty()) return;
     const DeviceGuard guard(device);
     with_direction(law, [&](auto law) {
-        for (const Launch& launch : launches) {
-            const auto kernel = kernel_for<law()>(launch);
-            kernel<<<launch.blocks, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-                launch.batch);
-            check(cudaGetLastError(), what);
-        }
+        for (const Launch& launch : launches)
+            launch_one(kernel_for<law()>(launch), launch, stream, what);
     });
 }
 
@@ -103,6 +79,13 @@ void cuda_sweep(const Sweep& sweep, int device, uintptr_t stream) {
         launch_all(sweep.law, plan_sweep(sweep), device, stream, what);
     else
         launch_all(sweep.law, plan_update(sweep), device, stream, what);
+}
+
+void cuda_merge_step(const MergeStep& step, int device, uintptr_t stream) {
+    const DeviceGuard guard(device);
+    for (const MergeLaunch& launch : plan_merge(step))
+        launch_one(merge_kernel(launch.storage, launch.masters), launch, stream,
+                   "the launch of a merging step");
 }
 
 void cuda_inner_products(const Products& products, ExactProducts* partials, int device,

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "../magnitudes.h"
+#include "../merging.h"
 #include "../sums.h"
 #include "../sweep.h"
 
@@ -15,6 +17,9 @@ namespace zokern {
 
 // At most kMaxDirections (plan.h) directions; more are an error.
 void cuda_sweep(const Sweep& sweep, int device, uintptr_t stream);
+
+// The entries for each tensor are read by the kernels: they lie on the device.
+void cuda_merge_step(const MergeStep& step, int device, uintptr_t stream);
 
 // Partial sums, as many as count_partials says; sum_partials makes of them, once they are on the
 // host, three sums v·v, v·z, z·z for each tensor.
@@ -28,6 +33,16 @@ void sum_partials(const Products& products, const ExactProducts* partials, doubl
 void cuda_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
                  int64_t offset, void* out, int device, uintptr_t stream);
 
+// A selection's answers go to device memory; `largest` must be zeros, and so must `scratch`, of as
+// many bytes as cuda_select_scratch says.
+size_t cuda_select_scratch(const Selection& selection, int device);
+void cuda_select(const Selection& selection, const Thresholds& out, void* scratch, int device,
+                 uintptr_t stream);
+
+// Two sums for each tensor, to device memory; scratch of l1_scratch bytes.
+size_t l1_scratch(const L1Sums& sums);
+void cuda_l1_sums(const L1Sums& sums, float* out, void* scratch, int device, uintptr_t stream);
+
 // The compute capabilities compiled in, such as {80, 90, 100}; newer devices compile the newest
 // one's PTX.
 std::vector<int> cuda_architectures();
@@ -38,8 +53,11 @@ std::string cuda_why_not(int device);
 // The kernels' own bodies, cut into the same launches, one thread after the other on the host.
 // Present in every build.
 void host_grid_sweep(const Sweep& sweep);
+void host_grid_merge_step(const MergeStep& step);
 void host_grid_inner_products(const Products& products, double* out);
 void host_grid_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
                       int64_t offset, void* out);
+void host_grid_select(const Selection& selection, const Thresholds& out, size_t shared_bytes);
+void host_grid_l1_sums(const L1Sums& sums, float* out);
 
 }  // namespace zokern

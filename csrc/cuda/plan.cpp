@@ -7,10 +7,10 @@
 #include <string>
 #include <type_traits>
 
+#include "extents.h"
+
 namespace zokern {
 namespace {
-
-constexpr uint64_t kMaxBlocks = (uint64_t(1) << 31) - 1;
 
 // Long blocks amortise their prologue; this many keep every multiprocessor busy to the end.
 constexpr uint64_t kEnoughBlocks = 4096;
@@ -24,35 +24,6 @@ uint32_t steps_for(uint64_t units) {
     uint32_t steps = kMinSteps;
     while (steps < kMaxSteps && units / (2 * steps * kThreads) >= kEnoughBlocks) steps *= 2;
     return steps;
-}
-
-// Of the operand at `base`; null where there is none.
-bool on_boundaries(const void* base, int element_bytes, const Extent& e) {
-    if (base == nullptr) return true;
-    const uint64_t bytes = uint64_t(element_bytes), boundary = std::min<uint64_t>(16, 8 * bytes);
-    const uint64_t origin = reinterpret_cast<uintptr_t>(base) - e.offset * bytes;
-    const uint64_t row_shift = (e.row_stride - e.row_length) * bytes;
-    return origin % boundary == 0 && (e.rows == 1 || row_shift % boundary == 0);
-}
-
-bool on_boundaries(const DenseTensor& dense, const Extent& e) {
-    return on_boundaries(dense.data, param_bytes(dense.type), e);
-}
-
-// All but `vectors`. The tensor is not empty.
-template <class Tensor>
-Extent extent_of(const Tensor& t, Law law) {
-    const Stream stream = make_stream(0, t.tensor_id, 0, law);
-    Extent e{};
-    e.offset = uint64_t(t.offset);
-    const bool one_row = t.row_length == t.numel || t.row_stride == t.row_length;
-    e.row_length = uint64_t(one_row ? t.numel : t.row_length);
-    e.row_stride = uint64_t(one_row ? t.numel : t.row_stride);
-    e.rows = uint64_t(t.numel) / e.row_length;
-    e.reciprocal = ~uint64_t(0) / units_per_row(e);
-    e.c1 = stream.c1;
-    e.c2 = stream.c2;
-    return e;
 }
 
 void describe(const SweepTensor& t, Law law, Operand& o) {
@@ -75,20 +46,6 @@ void describe(const SweepTensor& t, Law law, UpdateOperand& o) {
         o.dense[slot] = t.dense[slot];
         o.vectors = o.vectors && on_boundaries(t.dense[slot], o);
     }
-}
-
-uint64_t blocks_of(const Extent& e, uint32_t steps) {
-    const uint64_t per_block = uint64_t(steps) * kThreads;
-    return (units_of(e) + per_block - 1) / per_block;
-}
-
-// The launch has room for it.
-template <class Launch, class OperandType>
-void append(Launch& launch, const OperandType& operand) {
-    auto& batch = launch.batch;
-    batch.first_blocks[batch.operand_count] = launch.blocks;
-    batch.operands[batch.operand_count++] = operand;
-    launch.blocks += uint32_t(blocks_of(operand, batch.steps));
 }
 
 // Fills launches of one kernel, one after the other.
@@ -196,6 +153,35 @@ std::vector<MoveLaunch<BatchType>> plan(const Sweep& sweep) {
     return launches;
 }
 
+MergeOperand describe(const MergeTensor& t) {
+    const MaskTensor& mask = t.mask;
+    const ProductTensor place = {
+        {}, t.numel, mask.offset, mask.row_length, mask.row_stride, mask.tensor_id};
+    MergeOperand o{};
+    static_cast<Extent&>(o) = extent_of(place, Law::uniform32);
+    o.tensor = t;
+    o.vectors = on_boundaries(t.param, param_bytes(t.storage), o) &&
+                on_boundaries(t.residual, residual_bytes(t.storage), o) &&
+                on_boundaries(t.master, sizeof(float), o) &&
+                on_boundaries(t.adam.cached, sizeof(float), o) && on_boundaries(t.adam.grad, o) &&
+                on_boundaries(t.adam.exp_avg, o) && on_boundaries(t.adam.exp_avg_sq, o) &&
+                (t.tau.starts != nullptr || on_boundaries(t.tau.values, o));
+    return o;
+}
+
+// Adds launches of one kernel, which begin as copies of an empty one.
+void add_launches(const MergeLaunch& empty, const std::vector<MergeOperand>& operands,
+                  std::vector<MergeLaunch>& launches) {
+    launches.push_back(empty);
+    for (const MergeOperand& operand : operands) {
+        const uint64_t blocks = blocks_of(operand, empty.batch.steps);
+        if (launches.back().batch.operand_count == MergeBatch::kMaxOperands ||
+            launches.back().blocks + blocks > kMaxBlocks)
+            launches.push_back(empty);
+        append(launches.back(), operand);
+    }
+}
+
 // The products' operands, those of empty tensors without rows, and the steps of their blocks.
 struct ProductPlan {
     std::vector<ProductOperand> operands;
@@ -223,6 +209,25 @@ ProductPlan describe(const Products& products) {
 std::vector<SweepLaunch> plan_sweep(const Sweep& sweep) { return plan<SweepBatch>(sweep); }
 
 std::vector<UpdateLaunch> plan_update(const Sweep& sweep) { return plan<UpdateBatch>(sweep); }
+
+std::vector<MergeLaunch> plan_merge(const MergeStep& step) {
+    std::map<std::pair<Storage, bool>, std::vector<MergeOperand>> by_kernel;
+    for (const MergeTensor& tensor : step.tensors)
+        if (tensor.numel > 0)
+            by_kernel[{tensor.storage, tensor.master != nullptr}].push_back(describe(tensor));
+
+    std::vector<MergeLaunch> launches;
+    for (const auto& [kernel, operands] : by_kernel) {
+        uint64_t units = 0;
+        for (const MergeOperand& operand : operands) units += units_of(operand);
+        MergeLaunch empty{kernel.first, kernel.second, 0, {}};
+        empty.batch.keys = key_schedule(uint32_t(step.seed), uint32_t(step.seed >> 32));
+        empty.batch.method = step.method;
+        empty.batch.steps = steps_for(units);
+        add_launches(empty, operands, launches);
+    }
+    return launches;
+}
 
 std::vector<uint32_t> product_blocks(const Products& products) {
     const ProductPlan plan = describe(products);

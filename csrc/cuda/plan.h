@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../merging.h"
 #include "../sums.h"
 #include "../sweep.h"
 
@@ -53,6 +54,10 @@ struct ProductOperand : Extent {
     DenseTensor vector;
 };
 
+struct MergeOperand : Extent {
+    MergeTensor tensor;
+};
+
 struct Factor {
     float coeff, scale;
 };
@@ -88,12 +93,18 @@ struct UpdateBatch : MoveBatch<UpdateOperand, 112> {
 };
 static_assert(sizeof(UpdateBatch) <= kParameterBytes, "kernel parameters");
 
+struct MergeBatch : Batch<MergeOperand, 120> {
+    Method method;
+};
+static_assert(sizeof(MergeBatch) <= kParameterBytes, "kernel parameters");
+
 struct ProductBatch : Batch<ProductOperand, 256> {
     uint32_t draw;
     ExactProducts* partials;  // of the launch's blocks
 };
 static_assert(sizeof(ProductBatch) <= kParameterBytes, "kernel parameters");
 
+// Of a kernel for a storage, and for parameters that masters stand for or not.
 template <class BatchType>
 struct MoveLaunch {
     Storage storage;
@@ -104,10 +115,13 @@ struct MoveLaunch {
 
 using SweepLaunch = MoveLaunch<SweepBatch>;
 using UpdateLaunch = MoveLaunch<UpdateBatch>;
+using MergeLaunch = MoveLaunch<MergeBatch>;
 
 // Of a sweep that is plain, and of any sweep.
 std::vector<SweepLaunch> plan_sweep(const Sweep& sweep);
 std::vector<UpdateLaunch> plan_update(const Sweep& sweep);
+
+std::vector<MergeLaunch> plan_merge(const MergeStep& step);
 
 struct ProductLaunch {
     uint32_t blocks;

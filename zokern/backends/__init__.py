@@ -9,7 +9,8 @@ A backend is a package with the functions
 - ``select(selection)``: float32 thresholds, int64 cuts and the float32 largest magnitudes (NaN
   where a value is), and ``l1_sums(sums)``: those of :mod:`zokern.magnitudes`, on the tensors'
   device;
-- ``merge_step_(step)``: that of :mod:`zokern.merge_steps`.
+- ``merge_step_(step)``: that of :mod:`zokern.merge_steps`;
+- ``merge_deltas(merge)``: that of :mod:`zokern.merge_op`.
 
 To add one, write the package and put its name into ``ORDER``.
 """

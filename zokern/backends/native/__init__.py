@@ -12,16 +12,18 @@ try:
 except ImportError as error:
     _missing = str(error)
 else:
+    from zokern.backends.native.deltas import merge_deltas
     from zokern.backends.native.l1 import l1_sums
     from zokern.backends.native.merging import merge_step_
     from zokern.backends.native.noise import sample
     from zokern.backends.native.perturb import perturb_
     from zokern.backends.native.products import inner_products
-    from zokern.backends.native.select import select
+    from zokern.backends.native.selection import select
 
 __all__ = [
     "inner_products",
     "l1_sums",
+    "merge_deltas",
     "merge_step_",
     "perturb_",
     "sample",

@@ -13,6 +13,13 @@ def l1_sums(sums: L1Sums) -> Tensor:
     packed = pack_values(sums.values)
     masks = pack_masks(sums.mask, packed.device)
     native = _C.L1Sums(values=packed.values, masks=masks.masks)
-    out = torch.empty(packed.count, 2, device=packed.device, dtype=torch.float32)
-    _C.cpu_l1_sums(native, out.data_ptr(), cpu_capability(), torch.get_num_threads())
+    device = packed.device
+    out = torch.empty(packed.count, 2, device=device, dtype=torch.float32)
+    if device.type == "cpu":
+        _C.cpu_l1_sums(native, out.data_ptr(), cpu_capability(), torch.get_num_threads())
+    else:
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream().cuda_stream
+            scratch = torch.empty(_C.l1_scratch(native), device=device, dtype=torch.uint8)
+            _C.cuda_l1_sums(native, out.data_ptr(), scratch.data_ptr(), device.index, stream)
     return out

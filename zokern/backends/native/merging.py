@@ -10,9 +10,15 @@ from zokern.merging import METHODS, AdamSteps, Mask, MergeStep, SparseTau, row_m
 
 
 def merge_step_(step: MergeStep) -> None:
+    device = step.params[0].device
     with row_major(step) as rows:
-        tables = Tables(step.params[0].device)
-        _C.cpu_merge_step(pack(rows, tables), cpu_capability(), torch.get_num_threads())
+        tables = Tables(device)
+        if device.type == "cpu":
+            _C.cpu_merge_step(pack(rows, tables), cpu_capability(), torch.get_num_threads())
+        else:
+            with torch.cuda.device(device):
+                stream = torch.cuda.current_stream().cuda_stream
+                _C.cuda_merge_step(pack(rows, tables), device.index, stream)
 
 
 class Tables:

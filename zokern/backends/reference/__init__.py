@@ -2,16 +2,18 @@
 
 import torch
 
+from zokern.backends.reference.deltas import merge_deltas
 from zokern.backends.reference.l1 import l1_sums
 from zokern.backends.reference.merging import merge_step_
 from zokern.backends.reference.noise import sample
 from zokern.backends.reference.perturb import perturb_
 from zokern.backends.reference.products import inner_products
-from zokern.backends.reference.select import select
+from zokern.backends.reference.selection import select
 
 __all__ = [
     "inner_products",
     "l1_sums",
+    "merge_deltas",
     "merge_step_",
     "perturb_",
     "sample",

@@ -6,9 +6,18 @@ Triton is imported when it is first asked for: the package works without it.
 import torch
 from torch import Tensor
 
+from zokern.merging import L1Sums, Selection
 from zokern.sweep import InnerProducts, Sweep
 
-__all__ = ["inner_products", "perturb_", "sample", "why_not", "why_not_by_default"]
+__all__ = [
+    "inner_products",
+    "l1_sums",
+    "perturb_",
+    "sample",
+    "select",
+    "why_not",
+    "why_not_by_default",
+]
 
 
 def why_not(device: torch.device) -> str | None:
@@ -53,3 +62,15 @@ def sample(
     return noise.sample(
         law, numel, seed=seed, draw=draw, tensor_id=tensor_id, offset=offset, device=device
     )
+
+
+def select(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+    from zokern.backends.triton import selection as kernels
+
+    return kernels.select(selection)
+
+
+def l1_sums(sums: L1Sums) -> Tensor:
+    from zokern.backends.triton import l1
+
+    return l1.l1_sums(sums)

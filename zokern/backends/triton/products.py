@@ -42,12 +42,12 @@ WARPS = 4
 
 
 @triton.constexpr_function
-def _log2(power):
+def log2(power):
     return power.bit_length() - 1
 
 
 @triton.jit
-def _add(high, low, x, y):
+def add_pair(high, low, x, y):
     """high + low + (x + y), as such a pair again."""
     total = high + x
     back = total - high
@@ -56,12 +56,12 @@ def _add(high, low, x, y):
 
 
 @triton.jit
-def _folded(high, low, TIMES: tl.constexpr):
+def folded(high, low, TIMES: tl.constexpr):
     """Each 2^TIMES sums in a row added up."""
     for _ in tl.static_range(TIMES):
         a, b = tl.split(tl.reshape(high, [high.shape[0] // 2, 2]))
         c, d = tl.split(tl.reshape(low, [low.shape[0] // 2, 2]))
-        high, low = _add(a, c, b, d)
+        high, low = add_pair(a, c, b, d)
     return high, low
 
 
@@ -69,8 +69,8 @@ def _folded(high, low, TIMES: tl.constexpr):
 def _add_product(sum_, a, b):
     """A sum for each octet, with those of the products added; float64 holds them exactly."""
     product = a.to(tl.float64) * b.to(tl.float64)
-    high, low = _folded(product, tl.zeros_like(product), 3)
-    return _add(sum_[0], sum_[1], high, low)
+    high, low = folded(product, tl.zeros_like(product), 3)
+    return add_pair(sum_[0], sum_[1], high, low)
 
 
 @triton.jit
@@ -84,8 +84,8 @@ def _store_total(partial, sum_, OCTETS: tl.constexpr):
     high, low = sum_
     if INTERPRETED:
         # The interpreter's reduction goes from one element to the next.
-        high, low = _folded(high, low, _log2(OCTETS // 8))
-    high, low = tl.reduce((high, low), 0, _add)
+        high, low = folded(high, low, log2(OCTETS // 8))
+    high, low = tl.reduce((high, low), 0, add_pair)
     tl.store(partial, high)
     tl.store(partial + 1, low)
 

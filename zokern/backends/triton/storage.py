@@ -154,6 +154,17 @@ def _round(STORAGE: tl.constexpr, value):
 
 
 @triton.jit
+def rounded(STORAGE: tl.constexpr, value):
+    """A float32 value rounded to a storage without a residual, as float32 again."""
+    if STORAGE == "fp32":
+        return value
+    elif STORAGE == "fp16":
+        return value.to(tl.float16).to(tl.float32)
+    else:
+        return _decode(STORAGE, _round(STORAGE, value).to(tl.uint32), None)
+
+
+@triton.jit
 def _split(STORAGE: tl.constexpr, value):
     """The parameter and the residual that keep a float32 value."""
     if STORAGE == "fp16_fp16":

@@ -14,13 +14,25 @@ def select(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
     device = packed.device
     thresholds = torch.empty(packed.count, device=device, dtype=torch.float32)
     cuts = torch.empty(packed.count, device=device, dtype=torch.int64)
-    largest = torch.empty_like(thresholds)
+    largest = torch.zeros_like(thresholds)
     native = _C.Selection(
         values=packed.values,
         k=selection.k,
         joined=selection.joined,
-        near=[] if selection.near is None else selection.near.tolist(),
+        near=_near(selection.near, device),
     )
     addresses = thresholds.data_ptr(), cuts.data_ptr(), largest.data_ptr()
-    _C.cpu_select(native, *addresses, cpu_capability(), torch.get_num_threads())
+    if device.type == "cpu":
+        _C.cpu_select(native, *addresses, cpu_capability(), torch.get_num_threads())
+    else:
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream().cuda_stream
+            size = _C.cuda_select_scratch(native, device.index)
+            scratch = torch.zeros(size, device=device, dtype=torch.uint8)
+            _C.cuda_select(native, *addresses, scratch.data_ptr(), device.index, stream)
     return thresholds, cuts, largest
+
+
+def _near(near: Tensor | None, device: torch.device) -> list[float]:
+    # On a GPU it is not made use of: to read it here would wait for the device.
+    return [] if near is None or device.type != "cpu" else near.tolist()
