@@ -285,7 +285,7 @@ def ahead(run: Run, runs: list[Run]) -> float:
     return 100 * float(np.mean(leads)) if leads else float("nan")
 
 
-def columns(group: list[Run], runs: list[Run]) -> list[tuple[float, float]]:
+def statistics(group: list[Run], runs: list[Run]) -> list[tuple[float, float]]:
     ends = [run.path[-1] for run in group]
     values = (
         [100 * end.plain for end in ends],
@@ -308,7 +308,7 @@ def table(runs: list[Run]) -> str:
         ]
         for name in (*METHODS, *MERGES):
             group = [run for run in runs if (run.loss, run.method) == (loss, name)]
-            plain, margin, tax, answers, lead, seconds = columns(group, runs)
+            plain, margin, tax, answers, lead, seconds = statistics(group, runs)
             lines.append(
                 f"{name:<15}{plain[0]:>8.1f} ±{plain[1]:>4.1f}{margin[0]:>10.1f} ±{margin[1]:>4.1f}"
                 f"{tax[0]:>9.2f} ± {tax[1]:.2f}{answers[0]:>9.2f} ± {answers[1]:.2f}"
@@ -338,9 +338,10 @@ def plot(runs: list[Run], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("share of pairs with the plain answer likelier")
     labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(*labels, loc="lower center", ncols=6, frameon=False)
+    columns = 2 * len(losses)
+    figure.legend(*labels, loc="lower center", ncols=columns, frameon=False)
     figure.suptitle("At the end of the run, and on the way there")
-    figure.tight_layout(rect=(0, 0.11, 1, 1))
+    figure.tight_layout(rect=(0, 0.03 + 0.04 * len(labels[0]) / columns, 1, 1))
     figure.savefig(path, dpi=85)
     plt.close(figure)
 
@@ -365,7 +366,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="where to write all figures")
     args = parser.parse_args()
     if args.quick:
-        args.seeds, args.losses, args.base_steps, args.sft_steps = [0], ["DPO"], 100, 40
+        args.seeds, args.losses, args.base_steps, args.sft_steps = [0], ["DPO"], 250, 100
     if args.steps < STOPS:
         parser.error(f"argument --steps: at least {STOPS}")
     for path in filter(None, (args.out, args.json)):

@@ -190,7 +190,9 @@ class MergingState(Optimizer):
         groups = state_dict.get("param_groups", [])
         saved: Group = groups[0] if groups else {}
         owner = type(self).__name__
-        missing = [key for key in (*self.defaults, *self._run_defaults) if key not in saved]
+        # torch adds to the defaults what no group has when a state is loaded.
+        own = [key for key in (*self.defaults, *self._run_defaults) if key in self.param_groups[0]]
+        missing = [key for key in own if key not in saved]
         if missing:
             raise ValueError(f"not a state of {owner}: it has no {', '.join(missing)}")
         if saved["method"] != owner:
