@@ -2,6 +2,8 @@
 # make demo    fine-tune a sentence encoder with forward passes only (about ten minutes)
 # make compare the methods beside each other at equal numbers of evaluations (about ten minutes)
 # make zopro   align a small language model with forward passes only (a few minutes)
+# make align   align a small language model by DPO, IPO and KTO, and see what it forgets (about eight
+#              minutes on two cores)
 # make bench   the benchmarks
 # make wheel   a wheel in dist/
 # make format  format the sources
@@ -17,7 +19,7 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test check demo compare zopro bench wheel format clean
+.PHONY: test check demo compare zopro align bench wheel format clean
 
 test: check $(VENV)/test
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -33,6 +35,9 @@ demo: $(VENV)/examples
 
 zopro: $(VENV)/examples
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/zopro_rlhf.py
+
+align: $(VENV)/examples
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/align_merging.py
 
 compare: $(VENV)/examples
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/compare_methods.py

@@ -521,7 +521,7 @@ def test_a_policy_whose_weights_somebody_loads_goes_on_from_those(cls, backend):
 def test_unknown_things_are_refused_and_nothing_changes(backend):
     policy, reference, _ = models()
     bad = [
-        ({"reserve_p": 0.0}, r"reserve_p must be above 0 \(at least 2^-32\) and at most 1"),
+        ({"reserve_p": 0.0}, r"reserve_p must be above 0 \(at least 2.-32\) and at most 1"),
         ({"reserve_p": 1.5}, "reserve_p"),
         ({"alpha": -0.1}, "alpha must be at least 0 and at most 1"),
         ({"alpha": 2}, "alpha"),

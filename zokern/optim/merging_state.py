@@ -221,9 +221,9 @@ class MergingState(Optimizer):
         groups = state_dict.get("param_groups", [])
         saved: Group = groups[0] if groups else {}
         owner = type(self).__name__
-        # torch adds one of its own to the defaults when it loads a state.
-        wanted = {*self.defaults, *self._run_defaults} - {"differentiable"}
-        missing = sorted(key for key in wanted if key not in saved)
+        # torch adds to the defaults what no group has when a state is loaded.
+        own = [key for key in (*self.defaults, *self._run_defaults) if key in self.param_groups[0]]
+        missing = [key for key in own if key not in saved]
         if missing:
             raise ValueError(f"not a state of {owner}: it has no {', '.join(missing)}")
         if saved["method"] != owner:
