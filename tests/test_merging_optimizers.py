@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from tests.conftest import variants
+from tests.conftest import choose, variants
 from tests.same_bits import same_bits
 from zokern.merging import SparseTau, dense_tau
 
 CLASSES = {"OnDARE": zokern.OnDAREAdamW, "OnTIES": zokern.OnTIESAdamW}
 both = pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
+
+
+@pytest.fixture(params=[name for name in variants() if name != "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All but Triton, whose interpreter takes its time: it takes the twenty steps below."""
+    choose(request.param, monkeypatch)
+    return request.param
 
 
 class Net(nn.Module):
@@ -94,6 +101,10 @@ def test_its_arguments_and_defaults_are_those_of_online_merging(cls):
     assert cls([nn.Parameter(torch.ones(3))]).param_groups[0]["correct_bias"] is True
 
 
+# What Triton's interpreter, which takes its time, steps through too.
+INTERPRETED = [("split", "qwen"), ("inplace", "paper")]
+
+
 @both
 @pytest.mark.parametrize("semantics", ["qwen", "paper"])
 @pytest.mark.parametrize("precision", ["inplace", "split8", "split", "master"])
@@ -101,8 +112,8 @@ def test_twenty_steps_are_the_same_on_every_backend(cls, semantics, precision, m
     dtype = torch.float32 if precision == "inplace" else torch.bfloat16
     results = {}
     for variant in variants():
-        from tests.conftest import choose
-
+        if variant == "triton" and (precision, semantics) not in INTERPRETED:
+            continue
         with monkeypatch.context() as context:
             try:
                 choose(variant, context)
@@ -280,7 +291,7 @@ def test_step_k_rolls_plain_steps_back_and_merges_their_sum(cls, backend):
 
 
 @both
-@pytest.mark.parametrize("precision", ["split", "master", "split8", "inplace"])
+@pytest.mark.parametrize("precision", ["split", "master", "inplace"])
 def test_a_tiny_alpha_arrives_in_half_precision(cls, precision, backend):
     policy, reference, base = models(torch.bfloat16)
     with torch.no_grad():
@@ -295,21 +306,17 @@ def test_a_tiny_alpha_arrives_in_half_precision(cls, precision, backend):
         reference=reference,
         base=base,
     )
-    train(policy, opt, 300)
+    train(policy, opt, 100)
     param, state = policy.head.weight, opt.state[policy.head.weight]
     value = param.detach().double()
     if "master" in state:
         value = state["master"].double()
     elif "residual" in state:
-        unit = 256 if state["residual"].dtype == torch.int8 else 1
         bits = param.detach().view(torch.int16).int() << 16
-        value = (bits + unit * state["residual"].int()).view(torch.float32).double()
-    gained = ((value - 1.0) / (300 * 1e-5 * 0.5)).mean()
+        value = (bits + state["residual"].int()).view(torch.float32).double()
+    gained = ((value - 1.0) / (100 * 1e-5 * 0.5)).mean()
     if precision == "inplace":
         assert gained == 0
-    elif precision == "split8":
-        # Its steps of 2^-15 of a weight round these additions away or double them.
-        assert gained in (0, pytest.approx(gained))
     else:
         assert abs(gained - 1) < 1e-2
 
