@@ -12,6 +12,8 @@ from zokern.optim.merging_groups import Group
 
 STEP, DECAY = map(AdamNumbers._fields.index, ("step", "decay"))
 
+MAX_COLUMNS = 256
+
 NumbersOf = Callable[[Group, int], AdamNumbers]
 
 
@@ -129,5 +131,8 @@ class OnDevice:
         """A number, or a row of them, for each parameter."""
         key = (tuple(values), dtype, device)
         if key not in self._uploaded:
+            # A learning rate that is no tensor is another column on each step of a schedule.
+            if len(self._uploaded) >= MAX_COLUMNS:
+                self._uploaded.pop(next(iter(self._uploaded)))
             self._uploaded[key] = torch.tensor(values, dtype=dtype).to(device)
         return self._uploaded[key]
