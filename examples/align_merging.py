@@ -9,7 +9,7 @@ preferred order by DPO; LoRA's, four times as high, was found in the same way.
 On held-out text, the table and the plot set what the model has learned (the share of pairs whose
 plain answer it holds the likelier one) against the tax (the rise of the loss on documentation). A
 method that moves less learns less and forgets less, which is no merit: AdamW could be stopped
-early. So the last column compares it at five stops of its run with AdamW at the same tax.
+early. So one column compares it at five stops of its run with AdamW at the same tax.
 
 Nothing is downloaded.
 
