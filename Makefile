@@ -2,8 +2,8 @@
 # make demo    fine-tune a sentence encoder with forward passes only (about ten minutes)
 # make compare the methods beside each other at equal numbers of evaluations (about ten minutes)
 # make zopro   align a small language model with forward passes only (a few minutes)
-# make align   align a small language model by DPO, IPO and KTO, and see what it forgets (ten
-#              to thirty minutes on two cores)
+# make align   align a small language model by DPO, IPO and KTO, and see what it forgets
+#              (five to fifteen minutes on two cores)
 # make bench   the benchmarks
 # make wheel   a wheel in dist/
 # make format  format the sources
