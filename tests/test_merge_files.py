@@ -241,3 +241,60 @@ def test_a_merge_that_is_stopped_leaves_no_half_output(tmp_path, number, folder)
         assert process.returncode == 128 + number
         assert sorted(tmp_path.iterdir()) == before
     assert not out.exists() if folder else out.read_bytes() == b"as it was"
+
+
+def test_an_index_names_its_files(tmp_path):
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        save(folder / f"{name}.safetensors", {name: torch.full((3,), value)})
+        save(folder / f"{name}.other.safetensors", {name: torch.full((3,), 7.0)})
+    for variant in ("model", "other"):
+        files = {
+            n: f"{n}.safetensors" if variant == "model" else f"{n}.other.safetensors" for n in "ab"
+        }
+        index = folder / f"{variant}.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": files}))
+    result = merge.linear([folder / "model.safetensors.index.json"])
+    assert result["a"].tolist() == [1.0] * 3
+    result = merge.linear([folder / "other.safetensors.index.json"])
+    assert result["b"].tolist() == [7.0] * 3
+    with pytest.raises(ValueError, match="there is no file"):
+        merge.linear([folder / "none.safetensors.index.json"])
+    with pytest.raises(ValueError, match="is an index: give its folder"):
+        merge.linear([folder / "model.safetensors.index.json"], out=tmp_path / "out.safetensors")
+    for out in (folder / "model.safetensors.index.json", folder / "a.safetensors"):
+        with pytest.raises(ValueError, match="is merged itself"):
+            merge.linear([{"a": torch.ones(3), "b": torch.ones(3)}, folder], out=out)
+    with pytest.raises(ValueError, match="which it is to be a copy of"):
+        merge.linear([folder], out=folder / "new")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [4], "data_offsets": [0, 0]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [0, 7]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+    ],
+)
+def test_damaged_headers_are_refused(entry, tmp_path):
+    header = json.dumps({"a": entry}).encode()
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        merge.linear([path])
+
+
+def test_models_that_untie_what_the_base_ties_are_refused():
+    tied = torch.randn(3, 2)
+    base = {"embedding": tied, "head": tied}
+    with pytest.raises(ValueError, match="are one tensor in base, several in models"):
+        merge.linear([{"embedding": tied + 1, "head": tied + 2}], base=base)
+
+
+def test_weights_that_cancel_out_are_refused():
+    models = [{"a": torch.ones(2)} for _ in range(3)]
+    with pytest.raises(ValueError, match="sum to 0"):
+        merge.linear(models, weights=[0.1, 0.2, -0.3])

@@ -5,6 +5,7 @@ each tensor's dtype, shape and place, and the tensors' bytes.
 """
 
 import json
+import math
 import mmap
 import os
 import shutil
@@ -55,8 +56,7 @@ def opened(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if there is no such checkpoint.
     """
-    is_index = path.name.endswith(".safetensors.index.json")
-    return _tensors(weight_files(path.parent if is_index else path), None)
+    return _tensors(weight_files(path), None)
 
 
 @contextmanager
@@ -118,12 +118,12 @@ def created(like: Path | Mapping[str, Tensor], out: Path) -> Iterator[dict[str, 
 
 
 def weight_files(base: Path) -> list[Path]:
-    """A file by itself; of a folder the files that its index names, or all it has."""
-    if not base.is_dir():
-        if not base.is_file():
-            raise CheckpointError(f"there is no file {base}")
+    """A file by itself; the files that an index names; of a folder those of its index, or all."""
+    if not base.is_dir() and not base.is_file():
+        raise CheckpointError(f"there is no file {base}")
+    index = base if base.is_file() else base / "model.safetensors.index.json"
+    if base.is_file() and not _is_index(base):
         return [base]
-    index = base / "model.safetensors.index.json"
     if not index.exists():
         files = sorted(base.glob("*.safetensors"))
         if not files:
@@ -133,15 +133,26 @@ def weight_files(base: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is no index of shards: {error!r}") from None
-    missing = [name for name in names if not (base / name).is_file()]
+    folder = index.parent
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{index} names files that are not there: {missing[:3]}")
-    return [base / name for name in names]
+    return [folder / name for name in names]
+
+
+def _is_index(path: Path) -> bool:
+    return path.name.endswith(".safetensors.index.json")
 
 
 @contextmanager
 def _beside(out: Path, base: Path | None) -> Iterator[Path]:
     """A path beside ``out`` for what becomes ``out``, if the block ends well, and else is gone."""
+    if base is not None and _is_index(base):
+        raise CheckpointError(
+            f"{base} is an index: give its folder, which the output is to be like"
+        )
+    if base is not None and base.is_dir() and base.resolve() in out.resolve().parents:
+        raise CheckpointError(f"{out} lies in {base}, which it is to be a copy of")
     if base is not None and base.is_dir() and out.exists():
         raise CheckpointError(f"{out} exists already: give a folder that does not")
     if out.is_dir():
@@ -235,7 +246,11 @@ def _views(mapped: mmap.mmap, path: Path, *, skip_others: bool) -> dict[str, Ten
                 raise TypeError(f"{name} is of the type {entry['dtype']}, which cannot be read")
             begin, end = entry["data_offsets"]
             dtype = DTYPES[entry["dtype"]]
-            count = (end - begin) // dtype.itemsize
+            count = math.prod(entry["shape"])
+            if not 0 <= begin <= end <= len(mapped) - 8 - length:
+                raise ValueError(f"{name} lies outside of it")
+            if end - begin != count * dtype.itemsize:
+                raise ValueError(f"{name} has {end - begin} bytes for {count} elements")
             if count == 0:
                 views[name] = torch.empty(entry["shape"], dtype=dtype)
                 continue

@@ -104,7 +104,8 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 def _take_files_along() -> None:
     """Stopped by a signal, a command takes its temporary files along."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def _device(name: str | None) -> torch.device | None:

@@ -86,7 +86,7 @@ def aligned(models: list[dict[str, Tensor]], base: dict[str, Tensor] | None) -> 
     """
     titles = [f"models[{m}]" for m in range(len(models))]
     target, title = (models[0], titles[0]) if base is None else (base, "base")
-    groups = _tied(target)
+    groups = _tied(title, target)
     problems: list[str] = []
     found: list[list[Tensor | None]] = []
     for own, model in zip(titles, models, strict=True):
@@ -95,6 +95,10 @@ def aligned(models: list[dict[str, Tensor]], base: dict[str, Tensor] | None) -> 
         missing = [n[0] for n, tensor in zip(groups, tensors, strict=True) if tensor is None]
         if missing:
             problems.append(f"{own} has no {_listed(missing)}")
+        for names in groups:
+            places = {_place(t) for n in names if (t := by_name.get(canonical_name(n))) is not None}
+            if len(places) > 1:
+                problems.append(f"{_listed(names)} are one tensor in {title}, several in {own}")
         known = {_place(tensor) for tensor in tensors if tensor is not None}
         wanted = {canonical_name(name) for names in groups for name in names}
         extra = [n for n in by_name.keys() - wanted if _place(by_name[n]) not in known]
@@ -105,7 +109,9 @@ def aligned(models: list[dict[str, Tensor]], base: dict[str, Tensor] | None) -> 
                 problems += _differences(names[0], target[names[0]], tensor, title, own)
         found.append(tensors)
     if problems:
-        raise ValueError("the models cannot be merged: " + "; ".join(problems[:LISTED]))
+        rest = len(problems) - LISTED
+        more = f"; and {rest} more" if rest > 0 else ""
+        raise ValueError(f"the models cannot be merged: {'; '.join(problems[:LISTED])}{more}")
     return [
         Entry(
             names,
@@ -127,9 +133,9 @@ def _by_canonical_name(title: str, tensors: dict[str, Tensor]) -> dict[str, Tens
     return result
 
 
-def _tied(tensors: dict[str, Tensor]) -> list[list[str]]:
+def _tied(title: str, tensors: dict[str, Tensor]) -> list[list[str]]:
     """The names, those together that are one tensor."""
-    _by_canonical_name("base", tensors)
+    _by_canonical_name(title, tensors)
     groups: dict[object, list[str]] = {}
     for name, tensor in tensors.items():
         groups.setdefault(_place(tensor), []).append(name)

@@ -16,6 +16,9 @@ Semantics = Literal["mergekit", "peft", "ties"]
 MajoritySign = Literal["total", "frequency"]
 Numbers = float | Sequence[float]
 
+# Weights whose sum is smaller in magnitude do not normalize anything.
+NO_WEIGHT = 1e-8
+
 
 def linear(
     models: Sequence[Model],
@@ -67,7 +70,7 @@ def linear(
         rounded=base is not None and semantics == "mergekit",
         normalize=normalize,
     )
-    if normalize and base is None and sum(recipe.weights) == 0:
+    if normalize and base is None and abs(sum(recipe.weights)) < NO_WEIGHT:
         raise ValueError(f"the weights {recipe.weights} sum to 0: they cannot be normalized")
     return run(recipe, models, base, out=out, device=device, progress=progress)
 
@@ -251,14 +254,22 @@ def _election(
 
 
 def _numbers(name: str, given: Numbers, count: int) -> list[float]:
-    numbers = list(given) if isinstance(given, (Sequence, Tensor)) else [given] * count
+    numbers = _one_each(given, count)
     if len(numbers) != count:
         raise ValueError(f"{name} must be one number or {count} for the models; got {given!r}")
     return float32s(name, [float(number) for number in numbers])
 
 
+def _one_each(given: Numbers, count: int) -> list:
+    if isinstance(given, Tensor):
+        given = given.tolist()
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return list(given)
+    return [given] * count
+
+
 def _densities(given: Numbers, count: int) -> list[float]:
-    numbers = list(given) if isinstance(given, (Sequence, Tensor)) else [given] * count
+    numbers = _one_each(given, count)
     if len(numbers) != count:
         raise ValueError(f"density must be one number or {count} for the models; got {given!r}")
     densities = [float(number) for number in numbers]

@@ -75,7 +75,12 @@ def _check_place(out: str | os.PathLike | None, inputs: list[Model]) -> None:
         if out is not None and is_path(given):
             path = Path(given)
             files = [file.resolve() for file in (path, *weight_files(path))]
-            if Path(out).resolve() in files:
+            inside = (
+                Path(out).exists()
+                and path.is_dir()
+                and path.resolve() in Path(out).resolve().parents
+            )
+            if inside or Path(out).resolve() in files:
                 raise CheckpointError(f"{out} is merged itself: give another place for the result")
 
 
