@@ -154,7 +154,8 @@ def _mask(case: Case, steps: AdamSteps, choose: random.Random) -> Mask:
         ]
         thresholds = torch.stack(first)
         cuts = torch.tensor([choose.choice([0, n // 2, n // 2 + 1, n + 5]) for n in case.sizes])
-    limits = (1 << 30, 3 << 30, 1 << 32, 0, (1 << 32) - 1)
+    # Where little is kept, backends may go another way.
+    limits = (1 << 30, 3 << 30, 1 << 32, 0, 1 << 27, (1 << 32) - 1, 1 << 28)
     shards = case.shards or [(0, n, n) for n in case.sizes]
     return Mask(
         thresholds=thresholds,

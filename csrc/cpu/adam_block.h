@@ -17,10 +17,9 @@ struct alignas(64) AdamBuffer {
     float t[kAdamBlock + 64];
 };
 
-// The new moments, rounded to the type of the state, and Δ without what is cached, of elements
-// [i, i + n), n ≤ kAdamBlock. The moments may be written where they were read.
-void adam_block(const AdamTensor& adam, int64_t i, int64_t n, float* first, float* second,
-                float* delta) {
+// The new moments, rounded to the type of the state, of elements [i, i + n), n ≤ kAdamBlock. They
+// may be written where they were read.
+void moments_block(const AdamTensor& adam, int64_t i, int64_t n, float* first, float* second) {
     AdamBuffer grads, firsts, seconds;
     const float* g = floats_of(adam.grad, i, n, grads.t);
     const float* m = floats_of(adam.exp_avg, i, n, firsts.t);
@@ -34,6 +33,12 @@ void adam_block(const AdamTensor& adam, int64_t i, int64_t n, float* first, floa
     }
     round_to(adam.exp_avg.type, first, n);
     round_to(adam.exp_avg_sq.type, second, n);
+}
+
+// Δ of new moments, without what is cached.
+void delta_block(const AdamTensor& adam, int64_t n, const float* first, const float* second,
+                 float* delta) {
+    const AdamNumbers numbers = *adam.numbers;
 #pragma GCC ivdep
     for (int64_t j = 0; j < n; ++j) delta[j] = adam_delta(numbers, {first[j], second[j]});
 }
@@ -43,7 +48,8 @@ void load_adam_delta(const AdamTensor& adam, int64_t i, int64_t n, float* delta)
     AdamBuffer first, second;
     for (int64_t done = 0; done < n; done += kAdamBlock) {
         const int64_t count = n - done < kAdamBlock ? n - done : kAdamBlock;
-        adam_block(adam, i + done, count, first.t, second.t, delta + done);
+        moments_block(adam, i + done, count, first.t, second.t);
+        delta_block(adam, count, first.t, second.t, delta + done);
     }
     if (adam.cached == nullptr || *adam.merges == 0) return;
     for (int64_t j = 0; j < n; ++j) delta[j] = delta[j] + adam.cached[i + j];

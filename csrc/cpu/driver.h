@@ -7,6 +7,7 @@
 //   load_block, store_block<storage>
 //   store_words       the words of groups, a multiple of 16 of them
 //   keep_below        values whose words are below a limit, 0 for the others
+//   find_below        where words are below a limit
 //   accumulate_words  t ← t + z of given words
 #pragma once
 

@@ -74,6 +74,35 @@ void merge_values(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n
     zero(cached, 0, n);
 }
 
+// Whether the mask keeps so little that Δ is better computed for those elements alone.
+bool is_thin(const MergeTensor& tensor) {
+    const AdamNumbers numbers = *tensor.adam.numbers;
+    return *tensor.mask.limit <= int64_t(1) << 28 && tensor.adam.cached == nullptr &&
+           *tensor.adam.merges && scaled_delta(numbers, 0.0f) == 0.0f;
+}
+
+// OnDARE's new values where the mask keeps little.
+void merge_few(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n, int64_t element,
+               const float* first, const float* second, TauCursor& cursor, MergeBlock& b) {
+    const AdamNumbers numbers = *tensor.adam.numbers;
+    const int64_t lead = lead_of(element);
+    const Stream stream =
+        make_stream(seed, tensor.mask.tensor_id, uint32_t(*tensor.mask.draw), Law::uniform32);
+    uint32_t places[kAdamBlock + 128];
+    const int64_t found =
+        find_below(stream, uint32_t(element / 4), lead + n, uint32_t(*tensor.mask.limit), places);
+    float *value = b.values.t, *added = b.delta;
+    load_tau(tensor.tau, i, n, b.tau, cursor);
+    for (int64_t j = 0; j < n; ++j) added[j] = consensus<Method::dare>(numbers, b.tau[j], 0.0f);
+    for (int64_t k = 0; k < found; ++k) {
+        const int64_t j = int64_t(places[k]) - lead;
+        if (j < 0 || j >= n) continue;
+        const float delta = scaled_delta(numbers, adam_delta(numbers, {first[j], second[j]}));
+        added[j] = consensus<Method::dare>(numbers, b.tau[j], delta);
+    }
+    for (int64_t j = 0; j < n; ++j) value[j] = decayed(numbers, value[j] + added[j]);
+}
+
 // Where a block's new moments can be computed: in the state itself if that is float32.
 float* state_or(void* state, Storage type, int64_t i, AdamBuffer& buffer) {
     return type == Storage::fp32 ? static_cast<float*>(state) + i : buffer.t;
@@ -95,7 +124,7 @@ void merge_block(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n,
     void* const seconds = const_cast<void*>(adam.exp_avg_sq.data);
     float* first = state_or(firsts, first_type, i, b.first);
     float* second = state_or(seconds, second_type, i, b.second);
-    adam_block(adam, i, n, first, second, b.delta);
+    moments_block(adam, i, n, first, second);
     if (first == b.first.t) store_dense(firsts, first_type, i, n, first);
     if (second == b.second.t) store_dense(seconds, second_type, i, n, second);
 
@@ -104,9 +133,13 @@ void merge_block(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n,
     else
         load_block<storage>(place, i, n, b.values.t);
     if (adam.cached != nullptr) memcpy(b.caches.t, adam.cached + i, size_t(n) * sizeof(float));
-    if (method == Method::ema || *adam.merges) {
+    if (method == Method::dare && is_thin(tensor)) {
+        merge_few(tensor, seed, i, n, element, first, second, cursor, b);
+    } else if (method == Method::ema || *adam.merges) {
+        delta_block(adam, n, first, second, b.delta);
         merge_values<method>(tensor, seed, i, n, element, cursor, b);
     } else {
+        delta_block(adam, n, first, second, b.delta);
         const AdamNumbers numbers = *adam.numbers;
         for (int64_t j = 0; j < n; ++j) {
             b.values.t[j] = decayed(numbers, b.values.t[j] + b.delta[j]);

@@ -52,6 +52,19 @@ void keep_below(const Stream& stream, uint32_t group, int64_t count, uint32_t li
     }
 }
 
+int64_t find_below(const Stream& stream, uint32_t group, int64_t count, uint32_t limit,
+                   uint32_t* places) {
+    int64_t found = 0;
+    for (uint32_t i = 0; i < uint32_t(count); i += 4, ++group) {
+        const Words words = group_words(stream, group);
+        for (uint32_t j = 0; j < 4; ++j) {
+            places[found] = i + j;
+            found += words.w[j] < limit;
+        }
+    }
+    return found;
+}
+
 template <int bytes>
 uint32_t load_bits(const unsigned char* p) {
     uint32_t bits = 0;

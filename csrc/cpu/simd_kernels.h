@@ -208,6 +208,28 @@ void keep_below(const Stream& stream, uint32_t group, int64_t count, uint32_t li
     }
 }
 
+// Where those words are, counted from the group's first: how many, in ascending order. Behind them
+// there is room for a vector.
+int64_t find_below(const Stream& stream, uint32_t group, int64_t count, uint32_t limit,
+                   uint32_t* places) {
+    const PhiloxSource source{stream};
+    const I bound = Simd::set_i(limit);
+    uint32_t lanes[Simd::kWidth];
+    for (uint32_t lane = 0; lane < uint32_t(Simd::kWidth); ++lane) lanes[lane] = lane;
+    I at = Simd::load_i(lanes);
+    int64_t found = 0;
+    const auto find = [&](I words) {
+        found += Simd::compress(places + found, Simd::less_unsigned(words, bound), at);
+        at = Simd::add_i(at, Simd::set_i(Simd::kWidth));
+    };
+    for (int64_t i = 0; i < count; i += 2 * Simd::kWidth, group += Simd::kGroups) {
+        const Rows rows = source.rows(group);
+        find(rows.first);
+        find(rows.second);
+    }
+    return found;
+}
+
 template <Storage storage>
 F load_vector(const unsigned char* param, const unsigned char* residual) {
     if constexpr (storage == Storage::fp32) {

@@ -102,7 +102,6 @@ class MergingAdamW(MergingState):
             if param.requires_grad
         ]
 
-    @torch.compiler.disable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, of the parameters that have gradients.
 
