@@ -48,6 +48,20 @@ def test_the_number_of_threads_changes_nothing(threads):
         assert torch.equal(moved(), wanted)
 
 
+@pytest.mark.parametrize("variable", ["OMP_THREAD_LIMIT=1", "OMP_DYNAMIC=true"])
+def test_all_is_done_where_openmp_gives_fewer_threads_than_were_asked_for(variable):
+    code = "import torch; torch.set_num_threads(3); from tests import test_native as t"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(t.digest())"],
+        env={**os.environ, **dict([variable.split("=")]), "ZOKERN_BACKEND": "native"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == digest()
+
+
 def test_callers_on_several_threads_do_not_disturb_each_other():
     wanted = moved()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

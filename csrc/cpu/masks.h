@@ -21,6 +21,27 @@ void drop_at_random(const MaskTensor& mask, uint64_t seed, uint32_t draw, int64_
                uint32_t(*mask.limit), values - lead);
 }
 
+// find_below works on whole steps, and writes whole vectors behind what it has found.
+constexpr int64_t kBehindPlaces = 128;
+
+// Where a mask at random keeps n elements: those of `places` from `begin` to `end`, in ascending
+// order and counted from `lead` elements before the first.
+struct Kept {
+    int64_t begin, end;
+    uint32_t lead;
+};
+
+Kept find_kept(const MaskTensor& mask, uint64_t seed, int64_t element, int64_t n,
+               uint32_t* places) {
+    const Stream stream = make_stream(seed, mask.tensor_id, uint32_t(*mask.draw), Law::uniform32);
+    const uint32_t group = uint32_t(element / elements_per_group(Law::uniform32));
+    Kept kept{0, 0, uint32_t(lead_of(element))};
+    kept.end = find_below(stream, group, kept.lead + n, uint32_t(*mask.limit), places);
+    while (kept.end > 0 && places[kept.end - 1] >= kept.lead + n) --kept.end;
+    while (kept.begin < kept.end && places[kept.begin] < kept.lead) ++kept.begin;
+    return kept;
+}
+
 // Those of elements i, i + 1, … that are large enough; `kept` may be where the values are.
 void keep_by_threshold(const MaskTensor& mask, int64_t i, int64_t n, const float* values,
                        float* kept) {

@@ -40,6 +40,7 @@ struct MergeBlock {
     AdamBuffer first, second, deltas, taus, values, caches;
     // Where they begin in their buffers, for what is masked at random.
     float *delta, *tau;
+    float* value;  // in the master or in the parameter itself where that is float32
 };
 
 // Takes 0 for what the masks do not keep.
@@ -61,7 +62,7 @@ template <Method method>
 void merge_values(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n, int64_t element,
                   TauCursor& cursor, MergeBlock& b) {
     const AdamNumbers numbers = *tensor.adam.numbers;
-    float *value = b.values.t, *cached = b.caches.t;
+    float *value = b.value, *cached = b.caches.t;
     load_tau(tensor.tau, i, n, b.tau, cursor);
     if (tensor.adam.cached != nullptr) {
         for (int64_t j = 0; j < n; ++j) b.delta[j] = b.delta[j] + cached[j];
@@ -84,23 +85,23 @@ bool is_thin(const MergeTensor& tensor) {
 // OnDARE's new values where the mask keeps little.
 void merge_few(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n, int64_t element,
                const float* first, const float* second, TauCursor& cursor, MergeBlock& b) {
-    const AdamNumbers numbers = *tensor.adam.numbers;
-    const int64_t lead = lead_of(element);
-    const Stream stream =
-        make_stream(seed, tensor.mask.tensor_id, uint32_t(*tensor.mask.draw), Law::uniform32);
-    uint32_t places[kAdamBlock + 128];
-    const int64_t found =
-        find_below(stream, uint32_t(element / 4), lead + n, uint32_t(*tensor.mask.limit), places);
-    float *value = b.values.t, *added = b.delta;
+    const AdamNumbers& numbers = *tensor.adam.numbers;
+    uint32_t places[kAdamBlock + kBehindPlaces];
+    float moved[kAdamBlock + kBehindPlaces];
+    const Kept kept = find_kept(tensor.mask, seed, element, n, places);
+    float* value = b.value;
     load_tau(tensor.tau, i, n, b.tau, cursor);
-    for (int64_t j = 0; j < n; ++j) added[j] = consensus<Method::dare>(numbers, b.tau[j], 0.0f);
-    for (int64_t k = 0; k < found; ++k) {
-        const int64_t j = int64_t(places[k]) - lead;
-        if (j < 0 || j >= n) continue;
+    for (int64_t k = kept.begin; k < kept.end; ++k) {
+        const uint32_t j = places[k] - kept.lead;
         const float delta = scaled_delta(numbers, adam_delta(numbers, {first[j], second[j]}));
-        added[j] = consensus<Method::dare>(numbers, b.tau[j], delta);
+        moved[k] = value[j] + consensus<Method::dare>(numbers, b.tau[j], delta);
     }
-    for (int64_t j = 0; j < n; ++j) value[j] = decayed(numbers, value[j] + added[j]);
+    const float alpha = numbers.alpha, nothing = numbers.weight * 0.0f;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) value[j] = value[j] + fma32(alpha, b.tau[j], nothing);
+    for (int64_t k = kept.begin; k < kept.end; ++k) value[places[k] - kept.lead] = moved[k];
+    if (numbers.decay == 0.0f) return;
+    for (int64_t j = 0; j < n; ++j) value[j] = decayed(numbers, value[j]);
 }
 
 // Where a block's new moments can be computed: in the state itself if that is float32.
@@ -128,10 +129,14 @@ void merge_block(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n,
     if (first == b.first.t) store_dense(firsts, first_type, i, n, first);
     if (second == b.second.t) store_dense(seconds, second_type, i, n, second);
 
-    if (tensor.master != nullptr)
-        memcpy(b.values.t, tensor.master + i, size_t(n) * sizeof(float));
-    else
-        load_block<storage>(place, i, n, b.values.t);
+    if (tensor.master != nullptr) {
+        b.value = tensor.master + i;
+    } else if (storage == Storage::fp32) {
+        b.value = static_cast<float*>(tensor.param) + i;
+    } else {
+        b.value = b.values.t;
+        load_block<storage>(place, i, n, b.value);
+    }
     if (adam.cached != nullptr) memcpy(b.caches.t, adam.cached + i, size_t(n) * sizeof(float));
     if (method == Method::dare && is_thin(tensor)) {
         merge_few(tensor, seed, i, n, element, first, second, cursor, b);
@@ -142,14 +147,14 @@ void merge_block(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n,
         delta_block(adam, n, first, second, b.delta);
         const AdamNumbers numbers = *adam.numbers;
         for (int64_t j = 0; j < n; ++j) {
-            b.values.t[j] = decayed(numbers, b.values.t[j] + b.delta[j]);
+            b.value[j] = decayed(numbers, b.value[j] + b.delta[j]);
             b.caches.t[j] = b.caches.t[j] + b.delta[j];
         }
     }
     if (adam.cached != nullptr)
         memcpy(const_cast<float*>(adam.cached) + i, b.caches.t, size_t(n) * sizeof(float));
-    if (tensor.master != nullptr) memcpy(tensor.master + i, b.values.t, size_t(n) * sizeof(float));
-    store_block<storage>(place, i, n, b.values.t);
+    if (tensor.master != nullptr || storage != Storage::fp32)
+        store_block<storage>(place, i, n, b.value);
 }
 
 template <Method method, Storage storage>

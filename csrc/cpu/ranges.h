@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -16,16 +17,35 @@ constexpr int64_t kElementsPerThread = 1 << 14;
 // every dtype.
 constexpr int64_t kGrain = 1 << 10;
 
-// Calls work(begin, end) for ranges that together cover [0, count), one contiguous range a thread.
+// So many pieces has a thread's range, if they are not too short.
+constexpr int64_t kPieces = 32;
+constexpr int64_t kElementsPerPiece = 1 << 16;
+
+// Calls work(begin, end) for ranges that together cover [0, count). Each thread goes through one
+// contiguous range, in pieces; who is done takes pieces of the others, which may be on slower or
+// busier processors.
 inline void over_ranges(int64_t count, int threads,
-                        const std::function<void(int64_t begin, int64_t end)>& work) {
+                        const std::function<void(int64_t begin, int64_t end)>& work,
+                        int64_t pieces = kPieces) {
     const int64_t useful = (count + kElementsPerThread - 1) / kElementsPerThread;
     const int n = int(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
     const int64_t share = (count / n + kGrain) / kGrain * kGrain;
-    run_on_threads(n, [&](int i) {
-        const int64_t begin = std::min(count, i * share);
-        const int64_t end = i == n - 1 ? count : std::min(count, begin + share);
-        if (begin < end) work(begin, end);
+    const int64_t piece = std::max(kElementsPerPiece, (share / pieces + kGrain) / kGrain * kGrain);
+    struct alignas(64) Range {
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
+    std::vector<Range> ranges(static_cast<size_t>(n));
+    for (int i = 0; i < n; ++i) {
+        ranges[size_t(i)].next = std::min(count, i * share);
+        ranges[size_t(i)].end = i == n - 1 ? count : std::min(count, (i + 1) * share);
+    }
+    run_on_threads(n, [&](int own) {
+        for (int i = 0; i < n; ++i) {
+            Range& range = ranges[size_t((own + i) % n)];
+            for (int64_t begin; (begin = range.next.fetch_add(piece)) < range.end;)
+                work(begin, std::min(range.end, begin + piece));
+        }
     });
 }
 

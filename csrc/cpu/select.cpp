@@ -113,10 +113,12 @@ class Search {
     Pass count(const Bracket& b) {
         Pass pass = {std::vector<int64_t>(bins_of(b)), 0};
         std::mutex adding;
-        over_ranges(joined_.total(), threads_, [&](int64_t begin, int64_t end) {
+        const auto work = [&](int64_t begin, int64_t end) {
             for (; begin < end; begin += kElementsAtOnce)
                 count_part(b, begin, std::min(end, begin + kElementsAtOnce), pass, adding);
-        });
+        };
+        // Each piece has counters of its own.
+        over_ranges(joined_.total(), threads_, work, 1);
         return pass;
     }
 

@@ -1,7 +1,9 @@
 #include "threads.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -74,20 +76,54 @@ class Pool {
     uint64_t generation_ = 0;
 };
 
+// The OpenMP runtime that PyTorch has loaded, if it has GNU's entry points (LLVM's has them too).
+// After each of PyTorch's own parallel loops its threads stay awake for some milliseconds to wait
+// for the next: other threads would share the processors with them, while these take the work up
+// at once.
+struct OpenMp {
+    using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+    using Number = int (*)();
+    Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    Number thread = reinterpret_cast<Number>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    Number threads = reinterpret_cast<Number>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+
+    bool found() const { return parallel != nullptr && thread != nullptr && threads != nullptr; }
+};
+
+const OpenMp& open_mp() {
+    static const OpenMp found;
+    return found;
+}
+
+struct Tasks {
+    const std::function<void(int)>* task;
+    int count;
+};
+
+// What each thread of a team runs. A team can be smaller than it was asked to be.
+void run_share(void* data) {
+    const Tasks& tasks = *static_cast<const Tasks*>(data);
+    DefaultFloatMode mode;
+    for (int i = open_mp().thread(); i < tasks.count; i += open_mp().threads()) (*tasks.task)(i);
+}
+
+// A forked child has none of OpenMP's threads, and GNU's runtime would wait for them.
+std::atomic<bool> forked{false};
+
 // Never destroyed: its threads run until the process ends. A forked child has none of them, so it
 // leaves its copy of the pool alone and starts another.
 Pool* pool = nullptr;
-std::once_flag fork_handler;
 std::mutex creation;
 
+[[maybe_unused]] const int watching_forks =
+    pthread_atfork([] { creation.lock(); }, [] { creation.unlock(); },
+                   [] {
+                       forked = true;
+                       pool = nullptr;
+                       creation.unlock();
+                   });
+
 Pool& current_pool() {
-    std::call_once(fork_handler, [] {
-        pthread_atfork([] { creation.lock(); }, [] { creation.unlock(); },
-                       [] {
-                           pool = nullptr;
-                           creation.unlock();
-                       });
-    });
     std::lock_guard<std::mutex> lock(creation);
     if (pool == nullptr) pool = new Pool;
     return *pool;
@@ -99,6 +135,11 @@ void run_on_threads(int threads, const std::function<void(int)>& task) {
     if (threads <= 1) {
         DefaultFloatMode mode;
         task(0);
+        return;
+    }
+    if (open_mp().found() && !forked) {
+        Tasks tasks{&task, threads};
+        open_mp().parallel(run_share, &tasks, unsigned(threads), 0);
         return;
     }
     current_pool().run(threads, task);
