@@ -40,6 +40,7 @@ WRAPPER_COMPONENTS = frozenset(
 )
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def canonical_name(name: str) -> str:
     """The parameter's name without the components that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPER_COMPONENTS)

@@ -11,7 +11,8 @@
 namespace zokern {
 namespace {
 
-constexpr int64_t kDeltaBlock = 512;
+// So short that a processor works on several at once, and no model's stream of memory rests long.
+constexpr int64_t kDeltaBlock = 128;
 
 struct alignas(64) DeltaRow {
     float values[kDeltaBlock];
@@ -148,6 +149,23 @@ void write_merged(const DeltaRules& rules, const DeltaTensor& tensor, const floa
     if (!direct) store_dense(tensor.out, tensor.out_type, i, n, total);
 }
 
+// Whether what a model adds is its tensor's own float32 values, or their distance to the base,
+// times its weight.
+bool is_plain(const DeltaSource& source) {
+    return source.tensor.type == Storage::fp32 && source.threshold == nullptr &&
+           source.limit >> 32 != 0 && (source.ratio == nullptr || *source.ratio == 1.0f);
+}
+
+void add_plain(const DeltaSource& source, const float* base, int64_t i, int64_t n, float* total) {
+    const float* values = static_cast<const float*>(source.tensor.data) + i;
+    const float weight = source.weight;
+    if (base == nullptr) {
+        for (int64_t j = 0; j < n; ++j) total[j] = total[j] + weight * values[j];
+    } else {
+        for (int64_t j = 0; j < n; ++j) total[j] = total[j] + weight * (values[j] - base[j]);
+    }
+}
+
 // The rows hold the deltas of all models, then what they add.
 void merge_block(const DeltaRules& rules, const DeltaTensor& tensor, const DeltaSource* sources,
                  DeltaRow* rows, int64_t i, int64_t n) {
@@ -159,6 +177,10 @@ void merge_block(const DeltaRules& rules, const DeltaTensor& tensor, const Delta
     const bool elects = rules.votes != Votes::none;
     zero(total, 0, n);
     for (int m = 0; m < rules.models; ++m) {
+        if (!elects && is_plain(sources[m])) {
+            add_plain(sources[m], base, i, n, total);
+            continue;
+        }
         float* delta = rows[elects ? m : 0].values;
         float* p = rows[kMaxModels + (elects ? m : 0)].values;
         load_delta(rules, tensor, sources[m], base, i, n, delta);

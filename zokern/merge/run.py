@@ -13,6 +13,7 @@ from torch import Tensor
 from zokern import ops
 from zokern.checkpoints import CheckpointError, created, weight_files
 from zokern.deltas import MAX_MODELS
+from zokern.memory import empty_like
 from zokern.merge.inputs import Entry, Model, aligned, is_path, read
 from zokern.merge.masks import joined_thresholds, limit_of, mask_of, ratios_of
 from zokern.merge.recipe import Batch, Recipe, batches
@@ -107,9 +108,7 @@ def _output(
     likes = {entry.names[0]: entry.like for entry in entries}
     if out is not None:
         return created(likes, Path(out))
-    layout = torch.contiguous_format
-    empty = {name: torch.empty_like(like, memory_format=layout) for name, like in likes.items()}
-    return nullcontext(empty)
+    return nullcontext({name: empty_like(like) for name, like in likes.items()})
 
 
 def _write(
