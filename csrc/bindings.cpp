@@ -27,13 +27,13 @@ DenseTensor dense_tensor(const Dense& dense) {
 }
 
 Sweep make_sweep(const Pointers& params, const Pointers& residuals, const Pointers& masters,
-                 const Pointers& momenta, const std::vector<std::vector<Dense>>& dense,
-                 const Ints& numels, const Ints& offsets, const Ints& row_lengths,
-                 const Ints& row_strides, const std::vector<uint64_t>& tensor_ids,
-                 const std::vector<int>& storages, const std::vector<int>& rows,
-                 const Floats& decays, const Floats& steps, int law, uint64_t seed, Ints draws,
-                 Floats coeffs, Floats scales, int64_t rest, bool sign, Floats gradient,
-                 bool plain) {
+                 const Pointers& momenta, const Pointers& outs,
+                 const std::vector<std::vector<Dense>>& dense, const Ints& numels,
+                 const Ints& offsets, const Ints& row_lengths, const Ints& row_strides,
+                 const std::vector<uint64_t>& tensor_ids, const std::vector<int>& storages,
+                 const std::vector<int>& rows, const Floats& decays, const Floats& steps, int law,
+                 uint64_t seed, Ints draws, Floats coeffs, Floats scales, int64_t rest, bool sign,
+                 Floats gradient, bool plain) {
     Sweep sweep;
     sweep.law = Law(law);
     sweep.seed = seed;
@@ -43,6 +43,7 @@ Sweep make_sweep(const Pointers& params, const Pointers& residuals, const Pointe
         tensor.residual = reinterpret_cast<void*>(residuals.at(i));
         if (!masters.empty()) tensor.master = reinterpret_cast<float*>(masters.at(i));
         if (!momenta.empty()) tensor.momentum = reinterpret_cast<float*>(momenta.at(i));
+        if (!outs.empty()) tensor.out = reinterpret_cast<void*>(outs.at(i));
         for (size_t j = 0; j < dense.size(); ++j) tensor.dense[j] = dense_tensor(dense[j].at(i));
         tensor.numel = numels.at(i);
         tensor.offset = offsets.at(i);
@@ -199,8 +200,8 @@ PYBIND11_MODULE(_C, m) {
 
     py::class_<Sweep>(m, "Sweep")
         .def(py::init(&make_sweep), py::kw_only(), py::arg("params"), py::arg("residuals"),
-             py::arg("masters"), py::arg("momenta"), py::arg("dense"), py::arg("numels"),
-             py::arg("offsets"), py::arg("row_lengths"), py::arg("row_strides"),
+             py::arg("masters"), py::arg("momenta"), py::arg("outs"), py::arg("dense"),
+             py::arg("numels"), py::arg("offsets"), py::arg("row_lengths"), py::arg("row_strides"),
              py::arg("tensor_ids"), py::arg("storages"), py::arg("rows"), py::arg("decays"),
              py::arg("steps"), py::arg("law"), py::arg("seed"), py::arg("draws"), py::arg("coeffs"),
              py::arg("scales"), py::arg("rest"), py::arg("sign"), py::arg("gradient"),

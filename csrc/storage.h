@@ -30,6 +30,13 @@ ZK_FN constexpr int residual_bytes(Storage s) {
                                                                     : 0;
 }
 
+// Of the parameter alone, without the residual.
+ZK_FN constexpr Storage alone(Storage s) {
+    return s == Storage::fp32                               ? Storage::fp32
+           : s == Storage::fp16 || s == Storage::fp16_split ? Storage::fp16
+                                                            : Storage::bf16;
+}
+
 // A parameter's and a residual's bits, in the low end of each word.
 struct Stored {
     uint32_t param, residual;

@@ -5,7 +5,7 @@
 //   momentum = u;  t ← fma(step, u or its sign, t)       only where the sweep updates
 //   master = t                                           only where rest > 0
 //   for k ≥ rest:   t ← s_k t;  t ← fma(c_k, z_k, t)
-//   parameter = t
+//   parameter = t                                        or out = t, and the rest stays as it is
 //
 // z_k is the noise of a draw or an element of a dense direction.
 #pragma once
@@ -32,6 +32,7 @@ struct SweepTensor {
     void* residual;
     float* master;    // or null: then θ is the parameter and its residual
     float* momentum;  // or null: then u begins at 0
+    void* out;        // of the parameter's type, or null: then the sweep is in place
     DenseTensor dense[kMaxDense];
     int64_t numel;
     int64_t offset, row_length, row_stride;

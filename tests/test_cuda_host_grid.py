@@ -47,13 +47,25 @@ def operands(storage: str, layout: list) -> tuple[list, list, list]:
     return memory, params, residuals
 
 
-def check(storage: str, layout: list, draws: list, coeffs: list, **arguments) -> None:
-    """The simulated grid and the reference agree, and spare the memory around the operands."""
+def check(
+    storage: str,
+    layout: list,
+    draws: list,
+    coeffs: list,
+    outs: int | None = None,
+    **arguments,
+) -> None:
+    """The simulated grid and the reference agree, and spare the memory around the operands.
+
+    Out of place where ``outs`` is given, the first element of each output in its memory.
+    """
     results = []
     for backend in ("native", "reference"):
         memory, params, residuals = operands(storage, layout)
+        out_list = None if outs is None else [in_memory(param, outs, memory) for param in params]
         with zokern.use_backend(backend):
-            ops.perturb_(params, draws, coeffs, residuals=residuals, seed=2**64 - 3, **arguments)
+            written = {"residuals": residuals, "outs": out_list}
+            ops.perturb_(params, draws, coeffs, seed=2**64 - 3, **written, **arguments)
         results.append(memory)
     for i, (got, wanted) in enumerate(zip(*results, strict=True)):
         assert same_bits(got, wanted), f"memory {i}"
@@ -107,7 +119,18 @@ def test_offsets_and_alignments(storage, offset, start):
 def test_row_shards(storage, offset, rows, length, stride):
     for start in (0, offset % 8):
         layout = [(rows * length, start), (rows * length, 0)]
-        check(storage, layout, [5], [0.1], shards=[(offset, length, stride)] * 2)
+        shards = [(offset, length, stride)] * 2
+        check(storage, layout, [5], [0.1], shards=shards)
+        check(storage, layout, [5], [0.1], outs=start, shards=shards)
+
+
+@pytest.mark.parametrize("storage", test_perturb.STORAGES)
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("start", [0, 1], ids=lambda start: f"start{start}")
+def test_whole_blocks_go_out(storage, k, start):
+    layout = [(2 * BLOCK + 10, 0)]
+    check(storage, layout, list(range(k)), [0.1] * k, outs=start)
+    check(storage, layout, list(range(k)), [0.1] * k, outs=start, scales=[0.9, *[1.0] * (k - 1)])
 
 
 @pytest.mark.parametrize(("count", "k"), [(600, 1), (300, 5), (70, 16)])

@@ -16,7 +16,7 @@ def flat_arguments(dtype, residual_dtype=None, law="gauss16"):
     shards = [0, 15, 15, 3, 9, 20]
     numbers = ([0, 1], [0.1, 0.2], [0.5, 1.0], 2)
     return (
-        *(params, residuals, slots, [], [], [], *numbers),
+        *(params, residuals, slots, [], [], [], [], *numbers),
         *([], [], [], False, -7, law, [3, 4], shards),
     )
 
@@ -27,7 +27,8 @@ def flat_arguments_of_an_update(dtype):
     dense = [torch.randn_like(param) for param in params]
     numbers = ([0, ~0, 1], [0.1, 0.2, 0.3], [], 2, [0.3, 0.1, 0.0], [0.9, 0.9], [-0.1, -0.2], True)
     shards = [0, 15, 15, 3, 9, 20]
-    return (params, [], [-1, -1], masters, momenta, dense, *numbers, 7, "gauss16", [3, 4], shards)
+    operands = (params, [], [-1, -1], masters, momenta, [], dense)
+    return (*operands, *numbers, 7, "gauss16", [3, 4], shards)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_autograd_notices_the_change():
 
 def test_it_compiles():
     def move(x):
-        operands = ([x], [], [-1], [], [], [])
+        operands = ([x], [], [-1], [], [], [], [])
         update = ([], [], [], False)
         torch.ops.zokern.perturb_(
             *operands, [0], [1.0], [], 1, *update, 3, "gauss16", [0], [0, 6, 6]
@@ -179,7 +180,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(arguments, error
 
 
 def test_the_operator_is_as_safe_as_its_door():
-    plain = ([], [-1], [], [], [], [0], [1.0], [], 1, [], [], [], False)
+    plain = ([], [-1], [], [], [], [], [0], [1.0], [], 1, [], [], [], False)
     with pytest.raises(ValueError, match="shards"):
         torch.ops.zokern.perturb_([torch.zeros(3)], *plain, 3, "gauss16", [0], [0, 6])
     with pytest.raises(TypeError, match="dtype"):

@@ -1,4 +1,4 @@
-"""Sweeps with dense directions, masters and updates: every backend computes the same bits."""
+"""Sweeps with dense directions, masters, updates, outputs: every backend computes the same bits."""
 
 import random
 from dataclasses import dataclass, replace
@@ -11,8 +11,9 @@ import zokern
 from tests.same_bits import same_bits
 from tests.test_perturb import DIRECTIONS, SPECIAL_VALUES, STORAGES, clone, make_operands
 from zokern import ops
+from zokern.backends.reference.storage import load
 
-# How each form of a sweep differs from a plain one: masters, the number of dense directions,
+# How each form of a sweep differs from a plain one: masters, outs, the number of dense directions,
 # where rest lies, and the update.
 FORMS = {
     "dense": {"dense": 2},
@@ -24,6 +25,8 @@ FORMS = {
     "sign": {"update": "sign", "rest": 2},
     "signed momentum": {"update": "signed momentum", "rest": 3, "dense": 1},
     "everything": {"masters": True, "update": "momentum", "rest": 3, "dense": 2},
+    "outs": {"outs": True},
+    "outs, dense": {"outs": True, "dense": 1},
 }
 
 
@@ -33,19 +36,22 @@ class Case:
     residuals: list[Tensor | None]
     masters: list[Tensor] | None
     momenta: list[Tensor] | None
+    outs: bool
     arguments: dict
     update: ops.Update | None
 
     def run(self) -> list[Tensor]:
-        """The written operands after the sweep, which starts from copies of them."""
+        """The operands that may be written, after the sweep, which starts from copies of them."""
         params, residuals = clone(self.params), clone(self.residuals)
         masters = None if self.masters is None else clone(self.masters)
         momenta = None if self.momenta is None else clone(self.momenta)
         update = self.update
         if update is not None:
             update = replace(update, momenta=momenta)
-        ops.perturb_(params, residuals=residuals, masters=masters, update=update, **self.arguments)
-        written = [*params, *residuals, *(masters or []), *(momenta or [])]
+        outs = [torch.full(p.shape, 77, dtype=p.dtype) for p in params] if self.outs else None
+        operands = {"residuals": residuals, "masters": masters, "outs": outs, "update": update}
+        ops.perturb_(params, **operands, **self.arguments)
+        written = [*params, *residuals, *(masters or []), *(momenta or []), *(outs or [])]
         return [tensor for tensor in written if tensor is not None]
 
 
@@ -99,7 +105,8 @@ def make_case(law: str, storage: str, form: dict, seed: object = 0) -> Case:
         "dense": dense,
         "rest": form.get("rest", 4),
     }
-    return Case(params, residuals, masters, momenta, arguments, update)
+    outs = form.get("outs", False)
+    return Case(params, residuals, masters, momenta, outs, arguments, update)
 
 
 # The other laws differ in the noise alone.
@@ -107,7 +114,7 @@ CASES = [("gauss16", storage, form) for storage in STORAGES for form in FORMS] +
     (law, storage, form)
     for law in DIRECTIONS
     if law != "gauss16"
-    for storage, form in (("fp32", "momentum"), ("bf16", "everything"))
+    for storage, form in (("fp32", "momentum"), ("bf16", "everything"), ("bf16", "outs"))
 ]
 
 
@@ -164,6 +171,36 @@ def test_a_momentum_may_be_a_direction_as_it_was(backend):
     assert torch.allclose(momentum, 0.5 * m + 0.25 * z)
 
 
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "bf16-split8", "fp16-split"])
+def test_what_goes_out_is_what_would_be_kept_rounded_once(backend, storage):
+    """Out of place, and in place in float32, from the same values; what is read stays."""
+    params, residuals, shards = make_operands(storage)
+    arguments = {"draws": [3], "coeffs": [0.1], "seed": 1, "shards": shards}
+    values = [load(param, residual) for param, residual in zip(params, residuals, strict=True)]
+    values, before = clone(values), clone([*params, *residuals])
+    outs = [torch.empty(param.shape, dtype=param.dtype) for param in params]
+    ops.perturb_(params, residuals=residuals, outs=outs, **arguments)
+    ops.perturb_(values, **arguments)
+    for a, b in zip([*params, *residuals], before, strict=True):
+        assert a is b or same_bits(a, b)
+    for out, value in zip(outs, values, strict=True):
+        assert same_bits(out, value.to(out.dtype))
+
+
+def test_params_that_are_only_read_may_have_holes_and_share_memory(backend):
+    base, outs = torch.randn(10, 12), [torch.zeros(10, 6), torch.zeros(12)]
+    version, base_version = outs[0]._version, base._version
+    ops.perturb_([base[:, ::2], base[3]], [0], [1.0], seed=3, outs=outs)
+    noise = [
+        zokern.noise.sample("gauss16", out.numel(), seed=3, draw=0, tensor_id=i).view(out.shape)
+        for i, out in enumerate(outs)
+    ]
+    assert torch.equal(outs[0], base[:, ::2] + noise[0])
+    assert torch.equal(outs[1], base[3] + noise[1])
+    assert outs[0]._version > version
+    assert base._version == base_version
+
+
 BAD_FORMS = {
     "rest": ({"rest": 3}, ValueError, "rest must be between 0 and the 1 directions"),
     "slot": ({"draws": [~0]}, ValueError, "there are 0 dense directions"),
@@ -178,6 +215,20 @@ BAD_FORMS = {
     ),
     "gradient": ({"update": ops.Update([1.0, 2.0], 0.9, 0.1)}, ValueError, "gradient must be 1"),
     "update": ({"update": ops.Update([1.0], 0.9, 0.1), "rest": 0}, ValueError, "at least 1"),
+    "outs": ({"outs": []}, ValueError, "outs has 0 entries for 1 params"),
+    "out dtype": ({"outs": [torch.zeros(4).half()]}, TypeError, r"outs\[0\].*be torch.float32"),
+    "out shape": ({"outs": [torch.zeros(2, 2)]}, ValueError, r"outs\[0\].*shape"),
+    "out strides": ({"outs": [torch.zeros(8)[::2]]}, ValueError, r"outs\[0\].*contiguous"),
+    "out and master": (
+        {"outs": [torch.zeros(4)], "masters": [torch.zeros(4)]},
+        ValueError,
+        "no masters and no update",
+    ),
+    "out and update": (
+        {"outs": [torch.zeros(4)], "update": ops.Update([1.0], 0.9, 0.1)},
+        ValueError,
+        "no masters and no update",
+    ),
 }
 
 
@@ -199,3 +250,7 @@ def test_memory_may_be_shared_only_by_what_is_read():
         ops.perturb_([theta], [~0], [1.0], seed=0, dense=[[theta]])
     with pytest.raises(ValueError, match="share memory"):
         ops.perturb_([direction[:4]], [0], [1.0], seed=0, masters=[direction[3:7]], rest=0)
+    with pytest.raises(ValueError, match=r"params\[0\] and outs\[0\] share memory"):
+        ops.perturb_([direction[:4]], [0], [1.0], seed=0, outs=[direction[3:7]])
+    with pytest.raises(ValueError, match=r"outs\[0\] and outs\[1\] share memory"):
+        ops.perturb_([theta, theta], [0], [1.0], seed=0, outs=[direction[:4], direction[:4]])

@@ -59,6 +59,7 @@ class Case(NamedTuple):
     k: int = 1
     rows: int = 1
     scale: float = 1.0
+    outs: bool = False
 
 
 CASES = {name: Case(storage=name) for name in STORAGES}
@@ -68,6 +69,8 @@ MORE_CASES = {
     "many-directions": Case(k=5),
     "rows": Case(rows=100),
     "scaled": Case(scale=0.5),
+    "outs": Case(outs=True),
+    "split-outs": Case(storage="bf16_int16", outs=True),
     **{law: Case(law=law) for law in ("gauss32", "rademacher", "normal")},
 }
 ONE_OF_EACH_MAKER = ("sm_90", "gfx942")
@@ -108,6 +111,7 @@ def sweep(case: Case, seed: int = 0, count: int = 1) -> Sweep:
         params=params,
         residuals=[residual_dtype and torch.empty(numel, dtype=residual_dtype) for _ in params],
         masters=None,
+        outs=[torch.empty_like(param) for param in params] if case.outs else None,
         dense=[],
         shards=[Shard(8 * seed, row, row + 8)] * count,
         tensor_ids=[seed] * count,
@@ -456,7 +460,9 @@ def test_denormals_are_kept(reports, name):
     assert reports[name]["denormals"] == ["3", "3"]
 
 
-@pytest.mark.parametrize(("name", "budget"), [("bf16", 19), ("fp16", 19), ("two-directions", 34)])
+@pytest.mark.parametrize(
+    ("name", "budget"), [("bf16", 19), ("outs", 19), ("fp16", 19), ("two-directions", 34)]
+)
 def test_instructions_for_a_parameter(reports, name, budget):
     assert reports[f"sm_90-{name}"]["slots"] <= budget
 

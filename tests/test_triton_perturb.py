@@ -168,6 +168,9 @@ FORMS = [
     ("bf16", "everything"),
     ("bf16_int8", "signed momentum"),
     ("fp16_fp16", "dense"),
+    ("bf16_int16", "outs"),
+    ("fp32", "outs"),
+    ("fp16", "outs, dense"),
 ]
 
 

@@ -13,6 +13,7 @@ class Sweep:
         residuals: list[int],
         masters: list[int],
         momenta: list[int],
+        outs: list[int],
         dense: list[list[_Dense]],
         numels: list[int],
         offsets: list[int],

@@ -33,16 +33,17 @@ def check_direction_law(law: str) -> None:
 def check_operand(sweep: Sweep, i: int) -> None:
     """Raises TypeError or ValueError, naming the operand, if it cannot be swept in place."""
     param, residual, update = sweep.params[i], sweep.residuals[i], sweep.update
+    check_layout = check_strided if sweep.outs is None else check_plain
     argument, tensor = "params", param
     try:
-        check_strided(param)
+        check_layout(param)
         check_dtype(param)
         if param.device != sweep.params[0].device:
             raise ValueError(f"it is on {param.device}, params[0] on {sweep.params[0].device}")
         check_shard(param, sweep.shards[i], sweep.law)
         if residual is not None:
             argument, tensor = "residuals", residual
-            check_strided(residual)
+            check_layout(residual)
             check_residual(param, residual)
         if sweep.masters is not None:
             argument, tensor = "masters", sweep.masters[i]
@@ -52,6 +53,9 @@ def check_operand(sweep: Sweep, i: int) -> None:
         if update is not None and update.momenta is not None:
             argument, tensor = "momenta", update.momenta[i]
             check_float32_beside(param, tensor)
+        if sweep.outs is not None:
+            argument, tensor = "outs", sweep.outs[i]
+            _check_out(param, tensor)
         for j, vectors in enumerate(sweep.dense):
             argument, tensor = f"dense[{j}]", vectors[i]
             _check_dense(sweep, i, j)
@@ -63,6 +67,8 @@ def check_form(sweep: Sweep) -> None:
     """Raises ValueError if what a sweep does to all its tensors cannot be done."""
     if sweep.update is not None and sweep.rest == 0:
         raise ValueError("an update moves the place of rest: rest must be at least 1")
+    if sweep.outs is not None and (sweep.masters is not None or sweep.update is not None):
+        raise ValueError("a sweep into outs leaves all else alone: no masters and no update")
     if len(sweep.dense) > MAX_DENSE:
         raise ValueError(f"a sweep takes {MAX_DENSE} dense directions, not {len(sweep.dense)}")
 
@@ -183,6 +189,15 @@ def check_float32_beside(param: Tensor, tensor: Tensor) -> None:
     check_beside(param, tensor)
 
 
+def _check_out(param: Tensor, out: Tensor) -> None:
+    check_plain(out)
+    if out.dtype != param.dtype:
+        raise TypeError(f"its dtype must be {param.dtype}, that of its parameter")
+    check_beside(param, out)
+    if not out.is_contiguous():
+        raise ValueError(f"its strides are {out.stride()}: an output is contiguous")
+
+
 def _check_dense(sweep: Sweep, i: int, j: int) -> None:
     vector = sweep.dense[j][i]
     check_plain(vector)
@@ -249,10 +264,9 @@ def check_memory(sweep: Sweep) -> None:
     """
     operands = [(name, i, tensor, True) for name, i, tensor in sweep.written()]
     momenta = None if sweep.update is None else sweep.update.momenta
-    for j, vectors in enumerate(sweep.dense):
-        for i, vector in enumerate(vectors):
-            if momenta is None or vector is not momenta[i]:
-                operands.append((f"dense[{j}]", i, vector, False))
+    for name, i, tensor in sweep.read():
+        if momenta is None or tensor is not momenta[i]:
+            operands.append((name, i, tensor, False))
     check_disjoint(operands)
 
 

@@ -52,7 +52,8 @@ class Sweep:
     A direction z_k is the noise of a draw or, where ``draws[k]`` is negative, the dense tensor
     ``dense[~draws[k]]``. After the first ``rest`` directions the value is the new place of rest:
     there the update is added and the master, where there is one, is written. θ is read from the
-    master, else from the parameter and its residual, and written to the parameter at the end.
+    master, else from the parameter and its residual, and written to the parameter at the end; with
+    ``outs`` it is written there, rounded to their dtype, and what it is read from stays as it is.
 
     All tensors are on one device and have passed the checks of :mod:`zokern.ops`. Coefficients and
     scales are float32 values; each tensor has a row of them, and rows may be one shared object.
@@ -61,6 +62,7 @@ class Sweep:
     params: list[Tensor]
     residuals: list[Tensor | None]
     masters: list[Tensor] | None
+    outs: list[Tensor] | None
     dense: list[list[Tensor]]
     shards: list[Shard]
     tensor_ids: list[int]
@@ -74,21 +76,34 @@ class Sweep:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it only moves parameters in place along noise."""
+        """Whether it only moves parameters along noise."""
         return self.masters is None and self.update is None and not self.dense
 
     def written(self) -> Iterator[tuple[str, int, Tensor]]:
         """The operands that it writes: argument, position, tensor."""
+        if self.outs is not None:
+            yield from _present(outs=self.outs)
+            return
         momenta = None if self.update is None else self.update.momenta
-        for name, tensors in (
-            ("params", self.params),
-            ("residuals", self.residuals),
-            ("masters", self.masters or []),
-            ("momenta", momenta or []),
-        ):
-            for i, tensor in enumerate(tensors):
-                if tensor is not None:
-                    yield name, i, tensor
+        yield from _present(
+            params=self.params,
+            residuals=self.residuals,
+            masters=self.masters or [],
+            momenta=momenta or [],
+        )
+
+    def read(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Those that it reads and leaves as they are."""
+        if self.outs is not None:
+            yield from _present(params=self.params, residuals=self.residuals)
+        yield from _present(**{f"dense[{j}]": vectors for j, vectors in enumerate(self.dense)})
+
+
+def _present(**operands: Sequence[Tensor | None]) -> Iterator[tuple[str, int, Tensor]]:
+    for name, tensors in operands.items():
+        for i, tensor in enumerate(tensors):
+            if tensor is not None:
+                yield name, i, tensor
 
 
 @dataclass(frozen=True)

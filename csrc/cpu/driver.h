@@ -64,6 +64,24 @@ void zero(float* values, int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) values[j] = 0.0f;
 }
 
+// Puts elements [i, i + n) where the sweep leaves them.
+template <Storage storage>
+void finish_block(const SweepTensor& tensor, int64_t i, int64_t n, const float* values) {
+    if (tensor.out == nullptr) return store_block<storage>(tensor, i, n, values);
+    SweepTensor as_param{};
+    as_param.param = tensor.out;
+    store_block<alone(storage)>(as_param, i, n, values);
+}
+
+// Where float32 elements [i, i + n) can be moved until they are what the sweep leaves.
+float* moved_block(const SweepTensor& tensor, int64_t i, int64_t n) {
+    float* param = static_cast<float*>(tensor.param) + i;
+    if (tensor.out == nullptr) return param;
+    float* out = static_cast<float*>(tensor.out) + i;
+    memcpy(out, param, size_t(n) * sizeof(float));
+    return out;
+}
+
 // Elements [i, i + n) of a sweep that is more than a move along noise: through whole blocks of
 // values, of the update u and of each direction z in turn.
 template <Law law, Storage storage>
@@ -125,7 +143,7 @@ void sweep_block(const Directions& d, const SweepTensor& tensor, int64_t i, int6
         memcpy(tensor.master + i, values, size_t(n) * sizeof(float));
     }
     for (int64_t k = d.rest; k < d.count; ++k) move_along(k, false);
-    store_block<storage>(tensor, i, n, values);
+    finish_block<storage>(tensor, i, n, values);
 }
 
 // Local elements [i, i + n), which lie in one row, their first being `element` of the full tensor.
@@ -140,14 +158,14 @@ void move_run(const Directions& d, const SweepTensor& tensor, int64_t i, int64_t
             sweep_block<law, storage>(d, tensor, i, count, element);
         } else if (storage == Storage::fp32 && lead == 0 && n >= steps<law>()) {
             count = count / steps<law>() * steps<law>();
-            move<law>(d, tensor.tensor_id, element, count, static_cast<float*>(tensor.param) + i);
+            move<law>(d, tensor.tensor_id, element, count, moved_block(tensor, i, count));
         } else {
             const int64_t padded = whole_steps<law>(lead + count);
             zero(buffer.t, 0, lead);
             zero(buffer.t, lead + count, padded);
             load_block<storage>(tensor, i, count, buffer.t + lead);
             move<law>(d, tensor.tensor_id, element - lead, padded, buffer.t);
-            store_block<storage>(tensor, i, count, buffer.t + lead);
+            finish_block<storage>(tensor, i, count, buffer.t + lead);
         }
         i += count;
         element += count;

@@ -20,8 +20,10 @@ void describe(const SweepTensor& t, Law law, Operand& o) {
     static_cast<Extent&>(o) = extent_of(t, law);
     o.param = static_cast<char*>(t.param);
     o.residual = static_cast<char*>(t.residual);
+    o.out = static_cast<char*>(t.out);
     o.vectors = on_boundaries(t.param, param_bytes(t.storage), o) &&
-                on_boundaries(t.residual, residual_bytes(t.storage), o);
+                on_boundaries(t.residual, residual_bytes(t.storage), o) &&
+                on_boundaries(t.out, param_bytes(t.storage), o);
 }
 
 void describe(const SweepTensor& t, Law law, UpdateOperand& o) {

@@ -39,6 +39,7 @@ ZK_FN uint64_t units_of(const Extent& e) { return e.rows * units_per_row(e); }
 struct Operand : Extent {
     char* param;
     char* residual;
+    char* out;              // or null: then the sweep is in place
     uint32_t first_factor;  // its row of factors
 };
 
@@ -83,10 +84,10 @@ struct MoveBatch : Batch<OperandType, capacity> {
     uint32_t scaled;  // whether any scale is not 1
 };
 
-struct SweepBatch : MoveBatch<Operand, 240> {};
+struct SweepBatch : MoveBatch<Operand, 216> {};
 static_assert(sizeof(SweepBatch) <= kParameterBytes, "kernel parameters");
 
-struct UpdateBatch : MoveBatch<UpdateOperand, 112> {
+struct UpdateBatch : MoveBatch<UpdateOperand, 108> {
     float gradient[kMaxFactors];
     uint32_t dense[kMaxDirections / 32];  // bit k: draws[k] is ~slot of a dense direction
     uint32_t rest, updates, sign;

@@ -35,14 +35,16 @@ ZK_FN void displace(const SweepBatch& batch, const Operand& operand, uint64_t oc
     }
 }
 
-// Full octets on vector boundaries, in a tensor of one row.
-template <Law law, Storage storage, int K, bool scaled>
+// Full octets on vector boundaries, in a tensor of one row. `apart`: they go to the operand's
+// `out`.
+template <Law law, Storage storage, int K, bool scaled, bool apart>
 ZK_FN void sweep_whole(const SweepBatch& batch, const Operand& operand, uint64_t unit) {
     constexpr int pbytes = param_bytes(storage), rbytes = residual_bytes(storage);
     constexpr int in_flight = 2;
     const uint64_t first = 8 * unit - operand.offset % 8;
     char* param = operand.param + first * pbytes;
     char* residual = operand.residual + first * rbytes;
+    [[maybe_unused]] char* out = operand.out + first * pbytes;
     uint64_t octet_index = operand.offset / 8 + unit;
     for (uint32_t step = 0; step < batch.steps; step += in_flight) {
         float values[in_flight][8];
@@ -57,11 +59,13 @@ ZK_FN void sweep_whole(const SweepBatch& batch, const Operand& operand, uint64_t
         displace<law, K, scaled>(batch, operand, octet_index, values);
         ZK_UNROLL
         for (int i = 0; i < in_flight; ++i) {
-            const StoredOctet<storage> stored = encode<storage>(values[i]);
-            store_vectors<pbytes>(param + i * 8 * kThreads * pbytes, stored.param);
-            if constexpr (rbytes > 0)
+            constexpr Storage kept = apart ? alone(storage) : storage;
+            const StoredOctet<kept> stored = encode<kept>(values[i]);
+            store_vectors<pbytes>((apart ? out : param) + i * 8 * kThreads * pbytes, stored.param);
+            if constexpr (residual_bytes(kept) > 0)
                 store_vectors<rbytes>(residual + i * 8 * kThreads * rbytes, stored.residual);
         }
+        if constexpr (apart) out += in_flight * 8 * kThreads * pbytes;
         param += in_flight * 8 * kThreads * pbytes;
         residual += in_flight * 8 * kThreads * rbytes;
         octet_index += in_flight * kThreads;
@@ -72,12 +76,10 @@ ZK_FN void sweep_whole(const SweepBatch& batch, const Operand& operand, uint64_t
 template <Law law, Storage storage>
 ZK_FN void sweep_unit(const SweepBatch& batch, const Operand& operand, uint64_t index) {
     const Unit unit = locate(operand, index);
-    char* param = operand.param + unit.first * param_bytes(storage);
-    char* residual = operand.residual + unit.first * residual_bytes(storage);
     float values[1][8];
-    load_values<storage>(param, residual, unit, values[0]);
+    load_from<storage>(operand.param, operand.residual, unit, values[0]);
     displace<law, 0, true>(batch, operand, unit.octet_index, values);
-    store_values<storage>(param, residual, unit, values[0]);
+    finish_unit<storage>(operand, unit, values[0]);
 }
 
 template <Law law, Storage storage, int K, class Context>
@@ -90,10 +92,12 @@ ZK_FN void sweep_body(Context at, const SweepBatch& batch) {
     const bool whole = operand.vectors && operand.rows == 1 && 8 * begin >= phase &&
                        8 * (begin + per_block) <= operand.row_length + phase;
     if (whole) {
-        if (batch.scaled)
-            sweep_whole<law, storage, K, true>(batch, operand, begin + at.thread());
+        if (operand.out != nullptr)
+            sweep_whole<law, storage, K, true, true>(batch, operand, begin + at.thread());
+        else if (batch.scaled)
+            sweep_whole<law, storage, K, true, false>(batch, operand, begin + at.thread());
         else
-            sweep_whole<law, storage, K, false>(batch, operand, begin + at.thread());
+            sweep_whole<law, storage, K, false, false>(batch, operand, begin + at.thread());
     } else {
         const uint64_t units = units_of(operand);
         const uint64_t end = begin + per_block < units ? begin + per_block : units;

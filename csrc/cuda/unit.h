@@ -136,6 +136,15 @@ ZK_FN void store_to(void* param, void* residual, const Unit& unit, const float* 
                           values);
 }
 
+// Where the sweep leaves them: see Operand.
+template <Storage storage>
+ZK_FN void finish_unit(const Operand& operand, const Unit& unit, const float* values) {
+    if (operand.out == nullptr)
+        store_to<storage>(operand.param, operand.residual, unit, values);
+    else
+        store_to<alone(storage)>(operand.out, nullptr, unit, values);
+}
+
 ZK_FN void load_dense(const DenseTensor& dense, const Unit& unit, float* values) {
     if (dense.type == Storage::bf16)
         load_from<Storage::bf16>(dense.data, nullptr, unit, values);

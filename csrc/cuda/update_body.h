@@ -74,7 +74,7 @@ ZK_FN void update_unit(const UpdateBatch& batch, const UpdateOperand& operand, u
         // Behind the place of rest u is of no more use, and may change.
         move_along(batch, operand.first_factor + k, z, t, u);
     }
-    store_to<storage>(operand.param, operand.residual, unit, t);
+    finish_unit<storage>(operand, unit, t);
 }
 
 template <Law law, Storage storage, bool masters, class Context>

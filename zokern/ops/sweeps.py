@@ -39,9 +39,9 @@ Shards = Sequence[tuple[int, int, int] | None]
 torch.library.define(
     "zokern::perturb_",
     "(Tensor(a!)[] params, Tensor(b!)[] residuals, int[] residual_of, Tensor(c!)[] masters,"
-    " Tensor(d!)[] momenta, Tensor[] dense, int[] draws, float[] coeffs, float[] scales, int rest,"
-    " float[] gradient, float[] decays, float[] steps, bool sign, int seed, str law,"
-    " int[] tensor_ids, int[] shards) -> ()",
+    " Tensor(d!)[] momenta, Tensor(e!)[] outs, Tensor[] dense, int[] draws, float[] coeffs,"
+    " float[] scales, int rest, float[] gradient, float[] decays, float[] steps, bool sign,"
+    " int seed, str law, int[] tensor_ids, int[] shards) -> ()",
 )
 torch.library.define(
     "zokern::inner_products",
@@ -65,11 +65,12 @@ def perturb_(
     shards: Shards | None = None,
     residuals: Sequence[Tensor | None] | None = None,
     masters: Sequence[Tensor] | None = None,
+    outs: Sequence[Tensor] | None = None,
     dense: Sequence[Sequence[Tensor]] = (),
     rest: int | None = None,
     update: Update | None = None,
 ) -> None:
-    """Move a list of tensors along seeded random directions, in place, in one sweep.
+    """Move a list of tensors along seeded random directions, in place or not, in one sweep.
 
     For each tensor θ, with float32 arithmetic and one rounding to θ's dtype at the end::
 
@@ -85,7 +86,7 @@ def perturb_(
         for k in range(rest, K):
             t = scales[k] * t
             t = fma(coeffs[k], z_k, t)
-        θ = t
+        θ = t                                                # out = t where there are outs
 
     The result is the same, bit for bit, on every backend and every device.
 
@@ -107,6 +108,9 @@ def perturb_(
             int16 or int8 beside bfloat16, float16 beside float16 (``split`` and ``split8``).
         masters: for each tensor its float32 value at rest, of its shape; instead of residuals.
             With ``rest=0`` they are only read: params = masters + Σ coeffs[k]·z_k.
+        outs: for each tensor where it goes instead: a contiguous tensor of its shape and dtype that
+            shares memory with nothing else. The params and their residuals, in any memory format,
+            are only read then. Not with masters or an update.
         dense: up to two dense directions, each with a tensor (float32, bfloat16 or float16) of
             each parameter's shape.
         rest: how many directions lead to the place of rest; all by default.
@@ -138,6 +142,8 @@ def perturb_(
     check_length("residuals", residual_list, count)
     master_list = None if masters is None else tensor_list("masters", masters)
     check_length("masters", params if master_list is None else master_list, count)
+    out_list = None if outs is None else tensor_list("outs", outs)
+    check_length("outs", params if out_list is None else out_list, count)
     rest = k if rest is None else integer("rest", rest, bits=32)
     update = None if update is None else _read_update(update, count, k)
 
@@ -151,6 +157,7 @@ def perturb_(
             [-1 if residual_list[i] is None else next(slots) for i in members],
             [] if master_list is None else pick(master_list, members),
             [] if momenta is None else pick(momenta, members),
+            [] if out_list is None else pick(out_list, members),
             [vectors[i] for vectors in dense for i in members],
             draws,
             flat(coeff_rows, members),
@@ -315,6 +322,7 @@ def _sweep(
     residual_of: list[int],
     masters: list[Tensor],
     momenta: list[Tensor],
+    outs: list[Tensor],
     dense: list[Tensor],
     draws: list[int],
     coeffs: list[float],
@@ -340,6 +348,8 @@ def _sweep(
         check_flat(count, masters=(masters, 1))
     if momenta:
         check_flat(count, momenta=(momenta, 1))
+    if outs:
+        check_flat(count, outs=(outs, 1))
     if count and len(dense) % count:
         raise ValueError(f"dense has {len(dense)} entries, no multiple of the {count} params")
     if not 0 <= rest <= k:
@@ -361,6 +371,7 @@ def _sweep(
         params=params,
         residuals=[None if slot < 0 else residuals[slot] for slot in residual_of],
         masters=masters or None,
+        outs=outs or None,
         dense=vectors,
         shards=[Shard(*shards[3 * i : 3 * i + 3]) for i in range(count)],
         tensor_ids=integers("tensor_ids", tensor_ids, bits=56),

@@ -55,6 +55,7 @@ def pack(sweep: Sweep) -> _C.Sweep:
         residuals=[0 if r is None else r.data_ptr() for r in sweep.residuals],
         masters=[m.data_ptr() for m in sweep.masters or []],
         momenta=[m.data_ptr() for m in momenta or []],
+        outs=[out.data_ptr() for out in sweep.outs or []],
         dense=[[address(vector) for vector in vectors] for vectors in sweep.dense],
         numels=[p.numel() for p in sweep.params],
         offsets=[s.offset for s in sweep.shards],

@@ -68,4 +68,8 @@ def _perturb_tensor(sweep: Sweep, i: int) -> None:
         master.copy_(value.view(param.shape))
     for k in directions[sweep.rest :]:
         value = moved(value, k, direction(k))
-    storage.store(value.view(param.shape), param, residual)
+    value = value.view(param.shape)
+    if sweep.outs is None:
+        storage.store(value, param, residual)
+    else:
+        storage.store(value, sweep.outs[i], None)

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from zokern.backends.triton.launch import INTERPRETED, OPTIONS, on, target
 from zokern.backends.triton.noise import fma, octet_values
-from zokern.backends.triton.storage import load, load_aligned, sizes, storage_of, store
+from zokern.backends.triton.storage import alone, load, load_aligned, sizes, storage_of, store
 from zokern.backends.triton.tiles import (
     PLACE,
     Place,
@@ -46,6 +47,7 @@ class Columns(NamedTuple):
     param: int
     residual: int
     coeff_row: int
+    out: int  # 0 in place
 
 
 COLUMNS = tl.constexpr(PLACE.value + len(Columns._fields))
@@ -68,11 +70,11 @@ def _moved(value, octet, stream, direction,
 
 @triton.jit
 def _sweep_tile(tensor, shard, start, origin, tile, moves,
-                LAW: tl.constexpr, STORAGE: tl.constexpr, DIRECTIONS: tl.constexpr,
-                SCALED: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
-                OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
+                LAW: tl.constexpr, STORAGE: tl.constexpr, OUT: tl.constexpr,
+                DIRECTIONS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
+                MASKED: tl.constexpr, OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
     """Sweep a tile of the block whose first octet is ``start``, and ``origin`` as (row, place)."""
-    param, residual, stream = tensor
+    param, residual, out, stream = tensor
     draws, pairs, directions, first, last = moves
     octet, row, column = locate(origin, tile, shard, OCTETS, ROWS)
     if MASKED:
@@ -82,6 +84,7 @@ def _sweep_tile(tensor, shard, start, origin, tile, moves,
         SIZES: tl.constexpr = sizes(STORAGE)
         param += start * (8 * SIZES[0])
         residual += start * (8 * SIZES[1])
+        out += start * (8 * SIZES[0])
         # In 32 bits, Triton would take AMD's buffer instructions, and each of them would loop over
         # the lanes to see that all have the same address, since that was read from memory.
         tile_start = tl.full([], tile, tl.int64) * OCTETS
@@ -95,7 +98,10 @@ def _sweep_tile(tensor, shard, start, origin, tile, moves,
         value = _moved(value, octet, stream, first, LAW, SCALED, DP4A)
         if DIRECTIONS == 2:
             value = _moved(value, octet, stream, last, LAW, SCALED, DP4A)
-    store(STORAGE, param, residual, at, mask, value, 1 if MASKED else 16)
+    if OUT == "":
+        store(STORAGE, param, residual, at, mask, value, 1 if MASKED else 16)
+    else:
+        store(OUT, out, 0, at, mask, value, 1 if MASKED else 16)
 
 
 @triton.jit(do_not_specialize=["tensors", "directions", "tiles", "seed_low", "seed_high"])
@@ -108,6 +114,7 @@ def perturb_kernel(
     seed_high: tl.uint32,
     LAW: tl.constexpr,
     STORAGE: tl.constexpr,
+    OUT: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     SCALED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -116,14 +123,16 @@ def perturb_kernel(
 ):
     """A block sweeps up to ``tiles`` tiles of OCTETS octets, of one tensor.
 
-    DIRECTIONS is how many there are, or 0 for any number; SCALED says that some scale is not 1,
-    ROWS that some tensor has several rows.
+    OUT is the storage of what is written apart, or "" in place. DIRECTIONS is how many there are,
+    or 0 for any number; SCALED says that some scale is not 1, ROWS that some tensor has several
+    rows.
     """
     i = find(table, tensors, tl.program_id(0))
     columns = table + tensors + i * COLUMNS
     tensor_id, unmasked, shard = load_place(columns)
     stream = (seed_low.to(tl.uint32), seed_high.to(tl.uint32), tensor_id)
-    tensor = (tl.load(columns + PLACE), tl.load(columns + PLACE + 1), stream)
+    tensor = (tl.load(columns + PLACE), tl.load(columns + PLACE + 1), tl.load(columns + PLACE + 3),
+              stream)  # fmt: skip
 
     draws = table + tensors * (1 + COLUMNS)
     pairs = draws + directions + tl.load(columns + PLACE + 2) * directions * 2
@@ -134,15 +143,15 @@ def perturb_kernel(
     block = tl.program_id(0) - tl.load(table + i)
     start, origin, unmasked_tiles, all_tiles = tiles_of(block, shard, unmasked, tiles, OCTETS, ROWS)
     for tile in range(unmasked_tiles):
-        _sweep_tile(tensor, shard, start, origin, tile, moves, LAW, STORAGE,
+        _sweep_tile(tensor, shard, start, origin, tile, moves, LAW, STORAGE, OUT,
                     DIRECTIONS, SCALED, ROWS, False, OCTETS, DP4A)  # fmt: skip
     for tile in range(unmasked_tiles, all_tiles):
-        _sweep_tile(tensor, shard, start, origin, tile, moves, LAW, STORAGE,
+        _sweep_tile(tensor, shard, start, origin, tile, moves, LAW, STORAGE, OUT,
                     DIRECTIONS, SCALED, ROWS, True, OCTETS, DP4A)  # fmt: skip
 
 
 def perturb_(sweep: Sweep) -> None:
-    """A plain sweep: parameters move in place, along noise alone."""
+    """A plain sweep: parameters move along noise alone."""
     with row_major(sweep) as contiguous, on(sweep.params[0].device):
 
         def storage(i: int) -> str:
@@ -173,6 +182,7 @@ def _launch(sweep: Sweep, members: list[int], storage: str, rows: bool) -> None:
         sweep.seed >> 32,
         LAW=sweep.law,
         STORAGE=storage,
+        OUT="" if sweep.outs is None else alone(storage),
         DIRECTIONS=directions if directions <= 2 else 0,
         SCALED=any(scale != 1 for scale in pairs[1::2]),
         ROWS=rows,
@@ -184,7 +194,12 @@ def _launch(sweep: Sweep, members: list[int], storage: str, rows: bool) -> None:
 
 
 def _place(sweep: Sweep, i: int) -> Place:
-    return place_of((sweep.params[i], sweep.residuals[i]), sweep.shards[i], sweep.tensor_ids[i])
+    operands = (sweep.params[i], sweep.residuals[i], _out(sweep, i))
+    return place_of(operands, sweep.shards[i], sweep.tensor_ids[i])
+
+
+def _out(sweep: Sweep, i: int) -> Tensor | None:
+    return None if sweep.outs is None else sweep.outs[i]
 
 
 def _columns(sweep: Sweep, i: int, coeff_row: int) -> Columns:
@@ -192,6 +207,7 @@ def _columns(sweep: Sweep, i: int, coeff_row: int) -> Columns:
         param=address_of(sweep.params[i]),
         residual=address_of(sweep.residuals[i]),
         coeff_row=coeff_row,
+        out=address_of(_out(sweep, i)),
     )
 
 

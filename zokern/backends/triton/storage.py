@@ -37,6 +37,11 @@ def storage_of(param: Tensor, residual: Tensor | None = None) -> str:
     return STORAGES[param.dtype, None if residual is None else residual.dtype]
 
 
+def alone(storage: str) -> str:
+    """The parameter's storage, without the residual."""
+    return storage.partition("_")[0]
+
+
 @triton.constexpr_function
 def _types(storage):
     """Of the parameter and of the residual, None where there is none."""

@@ -1,4 +1,4 @@
-"""Sweeps that do more than move in place: dense directions, masters, updates.
+"""Sweeps that do more than move along noise: dense directions, masters, updates.
 
 A launch is for all tensors of equal storage and equal dtypes of their dense directions. After what
 the table begins with (see :mod:`zokern.backends.triton.tiles`) it holds
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zokern.backends.triton.launch import INTERPRETED, OPTIONS, on, target
 from zokern.backends.triton.noise import fma, octet_values
-from zokern.backends.triton.storage import load_tile, storage_of, store_tile
+from zokern.backends.triton.storage import alone, load_tile, storage_of, store_tile
 from zokern.backends.triton.tiles import (
     PLACE,
     address_of,
@@ -52,6 +52,7 @@ class Columns(NamedTuple):
     momentum: int
     dense0: int
     dense1: int
+    out: int
     decay: int
     step: int
     coeff_row: int
@@ -89,11 +90,12 @@ def _moved(value, u, k, noise, dense, access, moves, LAW: tl.constexpr, ADDS: tl
 
 @triton.jit
 def _sweep_tile(columns, noise, access, moves, rest, directions, LAW: tl.constexpr,
-                STORAGE: tl.constexpr, MASTER: tl.constexpr, UPDATE: tl.constexpr,
-                MOMENTUM: tl.constexpr, SIGN: tl.constexpr, DENSE0: tl.constexpr,
-                DENSE1: tl.constexpr, OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
+                STORAGE: tl.constexpr, OUT: tl.constexpr, MASTER: tl.constexpr,
+                UPDATE: tl.constexpr, MOMENTUM: tl.constexpr, SIGN: tl.constexpr,
+                DENSE0: tl.constexpr, DENSE1: tl.constexpr, OCTETS: tl.constexpr,
+                DP4A: tl.constexpr):  # fmt: skip
     """Sweep the octets and the stream of ``noise``, accessed as in ``load_tile``."""
-    param, residual, master, momentum, dense, decay, step = columns
+    param, residual, master, momentum, dense, out, decay, step = columns
     if MASTER:
         value = load_tile("fp32", master, 0, access, OCTETS)
     else:
@@ -118,7 +120,10 @@ def _sweep_tile(columns, noise, access, moves, rest, directions, LAW: tl.constex
     for k in range(rest, directions):
         value, u = _moved(value, u, k, noise, dense, access, moves,
                           LAW, False, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
-    store_tile(STORAGE, param, residual, access, value)
+    if OUT == "":
+        store_tile(STORAGE, param, residual, access, value)
+    else:
+        store_tile(OUT, out, 0, access, value)
 
 
 @triton.jit(do_not_specialize=["tensors", "rest", "directions", "tiles", "seed_low", "seed_high"])
@@ -132,6 +137,7 @@ def update_kernel(
     seed_high: tl.uint32,
     LAW: tl.constexpr,
     STORAGE: tl.constexpr,
+    OUT: tl.constexpr,
     MASTER: tl.constexpr,
     UPDATE: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -144,8 +150,8 @@ def update_kernel(
 ):
     """A block sweeps up to ``tiles`` tiles of OCTETS octets, of one tensor.
 
-    MASTER, UPDATE and MOMENTUM say what there is, DENSE0 and DENSE1 in which storage (or ""), ROWS
-    that some tensor has several rows.
+    MASTER, UPDATE and MOMENTUM say what there is, OUT, DENSE0 and DENSE1 in which storage (or ""),
+    ROWS that some tensor has several rows.
     """
     i = find(table, tensors, tl.program_id(0))
     place = table + tensors + i * COLUMNS
@@ -154,9 +160,9 @@ def update_kernel(
     own = place + PLACE
     dense = (tl.load(own + 4), tl.load(own + 5))
     columns = (tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3), dense,
-               load_float(own + 6), load_float(own + 7))  # fmt: skip
+               tl.load(own + 6), load_float(own + 7), load_float(own + 8))  # fmt: skip
     draws = table + tensors * (1 + COLUMNS)
-    moves = (draws, draws + directions + tl.load(own + 8) * directions * 3)
+    moves = (draws, draws + directions + tl.load(own + 9) * directions * 3)
 
     block = tl.program_id(0) - tl.load(table + i)
     start, origin, unmasked_tiles, all_tiles = tiles_of(block, shard, unmasked, tiles, OCTETS, ROWS)
@@ -165,12 +171,12 @@ def update_kernel(
         first = start + tile * OCTETS
         access = (first, first * 8 + tl.arange(0, OCTETS * 8), None)
         _sweep_tile(columns, (octet, stream), access, moves, rest, directions, LAW, STORAGE,
-                    MASTER, UPDATE, MOMENTUM, SIGN, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
+                    OUT, MASTER, UPDATE, MOMENTUM, SIGN, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
     for tile in range(unmasked_tiles, all_tiles):
         octet, row, column = locate(origin, tile, shard, OCTETS, ROWS)
         at, mask = owned(row, column, shard, OCTETS)
         _sweep_tile(columns, (octet, stream), (0, at, mask), moves, rest, directions, LAW, STORAGE,
-                    MASTER, UPDATE, MOMENTUM, SIGN, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
+                    OUT, MASTER, UPDATE, MOMENTUM, SIGN, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
 
 
 def perturb_(sweep: Sweep) -> None:
@@ -208,6 +214,7 @@ def _launch(sweep: Sweep, members: list[int], storages: tuple[str, ...], rows: b
         sweep.seed >> 32,
         LAW=sweep.law,
         STORAGE=storage,
+        OUT="" if sweep.outs is None else alone(storage),
         MASTER=sweep.masters is not None,
         UPDATE=update is not None,
         MOMENTUM=update is not None and update.momenta is not None,
@@ -229,7 +236,8 @@ def _operands(sweep: Sweep, i: int) -> tuple[Tensor | None, ...]:
     momentum = None if momenta is None else momenta[i]
     dense = [vectors[i] for vectors in sweep.dense]
     dense0, dense1 = (*dense, None, None)[:2]
-    return sweep.params[i], sweep.residuals[i], master, momentum, dense0, dense1
+    out = None if sweep.outs is None else sweep.outs[i]
+    return sweep.params[i], sweep.residuals[i], master, momentum, dense0, dense1, out
 
 
 def _columns(sweep: Sweep, i: int, coeff_row: int) -> Columns:
