@@ -30,10 +30,11 @@ Sweep make_sweep(const Pointers& params, const Pointers& residuals, const Pointe
                  const Pointers& momenta, const Pointers& outs,
                  const std::vector<std::vector<Dense>>& dense, const Ints& numels,
                  const Ints& offsets, const Ints& row_lengths, const Ints& row_strides,
-                 const std::vector<uint64_t>& tensor_ids, const std::vector<int>& storages,
-                 const std::vector<int>& rows, const Floats& decays, const Floats& steps, int law,
-                 uint64_t seed, Ints draws, Floats coeffs, Floats scales, int64_t rest, bool sign,
-                 Floats gradient, bool plain) {
+                 const Pointers& rows, const std::vector<uint64_t>& tensor_ids,
+                 const std::vector<int>& storages, const std::vector<int>& coeff_rows,
+                 const Floats& decays, const Floats& steps, int law, uint64_t seed, Ints draws,
+                 Floats coeffs, Floats scales, int64_t rest, bool sign, Floats gradient,
+                 bool plain) {
     Sweep sweep;
     sweep.law = Law(law);
     sweep.seed = seed;
@@ -49,9 +50,10 @@ Sweep make_sweep(const Pointers& params, const Pointers& residuals, const Pointe
         tensor.offset = offsets.at(i);
         tensor.row_length = row_lengths.at(i);
         tensor.row_stride = row_strides.at(i);
+        tensor.rows = reinterpret_cast<const int64_t*>(rows.at(i));
         tensor.tensor_id = tensor_ids.at(i);
         tensor.storage = Storage(storages.at(i));
-        tensor.row = rows.at(i);
+        tensor.row = coeff_rows.at(i);
         if (!gradient.empty()) {
             tensor.decay = decays.at(i);
             tensor.step = steps.at(i);
@@ -202,10 +204,10 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init(&make_sweep), py::kw_only(), py::arg("params"), py::arg("residuals"),
              py::arg("masters"), py::arg("momenta"), py::arg("outs"), py::arg("dense"),
              py::arg("numels"), py::arg("offsets"), py::arg("row_lengths"), py::arg("row_strides"),
-             py::arg("tensor_ids"), py::arg("storages"), py::arg("rows"), py::arg("decays"),
-             py::arg("steps"), py::arg("law"), py::arg("seed"), py::arg("draws"), py::arg("coeffs"),
-             py::arg("scales"), py::arg("rest"), py::arg("sign"), py::arg("gradient"),
-             py::arg("plain"));
+             py::arg("rows"), py::arg("tensor_ids"), py::arg("storages"), py::arg("coeff_rows"),
+             py::arg("decays"), py::arg("steps"), py::arg("law"), py::arg("seed"), py::arg("draws"),
+             py::arg("coeffs"), py::arg("scales"), py::arg("rest"), py::arg("sign"),
+             py::arg("gradient"), py::arg("plain"));
     py::class_<Products>(m, "Products")
         .def(py::init(&make_products), py::kw_only(), py::arg("vectors"), py::arg("numels"),
              py::arg("offsets"), py::arg("row_lengths"), py::arg("row_strides"),

@@ -26,7 +26,7 @@ struct DenseTensor {
 };
 
 // A contiguous operand. Its element (r, k), in rows of row_length, is element
-// offset + r row_stride + k of the full tensor.
+// offset + r row_stride + k of the full tensor; with `rows`, offset + rows[r] row_stride + k.
 struct SweepTensor {
     void* param;
     void* residual;
@@ -36,6 +36,7 @@ struct SweepTensor {
     DenseTensor dense[kMaxDense];
     int64_t numel;
     int64_t offset, row_length, row_stride;
+    const int64_t* rows;  // or null
     uint64_t tensor_id;
     Storage storage;
     int32_t row;  // of the coefficients, scales and gradients

@@ -114,14 +114,21 @@ def test_offsets_and_alignments(storage, offset, start):
         (5, 1000, 1, 8),
         (5, 1000, 3, 3),
         (1, 2, 9000, 9001),
+        (16, 9, 1024, 1024),
+        (3, 1, 9, 9),
+        (8, 1, 5000, 5008),
     ],
 )
 def test_row_shards(storage, offset, rows, length, stride):
+    """Rows in order, and such as somebody picked."""
+    picked = torch.tensor([random.Random(r).randrange(1000) for r in range(rows)])
     for start in (0, offset % 8):
         layout = [(rows * length, start), (rows * length, 0)]
         shards = [(offset, length, stride)] * 2
         check(storage, layout, [5], [0.1], shards=shards)
         check(storage, layout, [5], [0.1], outs=start, shards=shards)
+        check(storage, layout, [5], [0.1], shards=shards, rows=[picked, picked])
+        check(storage, layout, [5], [0.1], outs=start, shards=shards, rows=[picked, None])
 
 
 @pytest.mark.parametrize("storage", test_perturb.STORAGES)

@@ -145,6 +145,33 @@ def test_shards_get_their_slice_of_the_noise(backend, dim):
     assert torch.equal(local, full.narrow(dim, start, length))
 
 
+@pytest.mark.parametrize("columns", [24, 7])
+def test_picked_rows_get_the_noise_of_their_rows(backend, columns):
+    """In place and out of place; of whole rows, of columns of them, and of a single row."""
+    full = torch.zeros(50, columns)
+    ops.perturb_([full], [0], [1.0], seed=3)
+    for picked in ([3, 49, 0, 3], [41]):
+        rows = torch.tensor(picked)
+        for offset, length in ((0, columns), (2, 5)):
+            local, out = torch.zeros(len(picked), length), torch.ones(len(picked), length)
+            arguments = {"seed": 3, "shards": [(offset, length, columns)], "rows": [rows]}
+            ops.perturb_([local], [0], [1.0], outs=[out], **arguments)
+            assert not local.any()
+            ops.perturb_([local], [0], [1.0], **arguments)
+            assert torch.equal(local, full[rows, offset : offset + length])
+            assert torch.equal(out, local)
+
+
+def test_picked_rows_may_be_far_away(backend):
+    far = (1 << 33) // 16 - 1
+    local = torch.zeros(2, 16)
+    ops.perturb_(
+        [local], [0], [1.0], seed=3, shards=[(0, 16, 16)], rows=[torch.tensor([far, far + 1])]
+    )
+    wanted = noise.sample("gauss16", 32, seed=3, draw=0, offset=far * 16)
+    assert torch.equal(local.flatten(), wanted)
+
+
 def test_elements_past_two_to_the_33(backend):
     offset = (1 << 33) + 5
     local = torch.zeros(100)

@@ -13,8 +13,8 @@ from tests.test_perturb import DIRECTIONS, SPECIAL_VALUES, STORAGES, clone, make
 from zokern import ops
 from zokern.backends.reference.storage import load
 
-# How each form of a sweep differs from a plain one: masters, outs, the number of dense directions,
-# where rest lies, and the update.
+# How each form of a sweep differs from a plain one: masters, outs, rows that somebody picked, the
+# number of dense directions, where rest lies, and the update.
 FORMS = {
     "dense": {"dense": 2},
     "master evaluates": {"masters": True, "rest": 0},
@@ -27,6 +27,8 @@ FORMS = {
     "everything": {"masters": True, "update": "momentum", "rest": 3, "dense": 2},
     "outs": {"outs": True},
     "outs, dense": {"outs": True, "dense": 1},
+    "rows": {"rows": True, "outs": True},
+    "rows, dense": {"rows": True, "outs": True, "dense": 1},
 }
 
 
@@ -55,9 +57,25 @@ class Case:
         return [tensor for tensor in written if tensor is not None]
 
 
+def pick_rows(params: list[Tensor], shards: list, choose: random.Random) -> tuple[list, list]:
+    """Shards and rows of them, but for every fourth tensor, which stays as it is."""
+    shards, rows = list(shards), [None] * len(params)
+    for i, param in enumerate(params):
+        if i % 4 != 2:
+            length = param.shape[-1] if param.numel() > 0 and param.dim() > 0 else 1
+            stride = choose.choice([length, length + 8, length + -length % 8, length + 3])
+            shards[i] = (choose.choice([0, 8, 5]), length, stride)
+            numbers = [choose.randrange(1000) for _ in range(param.numel() // length)]
+            rows[i] = torch.tensor(numbers, dtype=torch.int64)
+    return shards, rows
+
+
 def make_case(law: str, storage: str, form: dict, seed: object = 0) -> Case:
     choose = random.Random(f"{law}{storage}{form}{seed}")
     params, residuals, shards = make_operands(storage)
+    rows_ = None
+    if form.get("rows"):
+        shards, rows_ = pick_rows(params, shards, choose)
     count = len(params)
     generator = torch.Generator().manual_seed(choose.getrandbits(32))
 
@@ -102,6 +120,7 @@ def make_case(law: str, storage: str, form: dict, seed: object = 0) -> Case:
         "law": law,
         "tensor_ids": [choose.getrandbits(56) for _ in params],
         "shards": shards,
+        "rows": rows_,
         "dense": dense,
         "rest": form.get("rest", 4),
     }
@@ -114,7 +133,7 @@ CASES = [("gauss16", storage, form) for storage in STORAGES for form in FORMS] +
     (law, storage, form)
     for law in DIRECTIONS
     if law != "gauss16"
-    for storage, form in (("fp32", "momentum"), ("bf16", "everything"), ("bf16", "outs"))
+    for storage, form in (("fp32", "momentum"), ("bf16", "everything"), ("bf16", "rows"))
 ]
 
 
@@ -201,6 +220,7 @@ def test_params_that_are_only_read_may_have_holes_and_share_memory(backend):
     assert base._version == base_version
 
 
+ROWS = torch.tensor([0, 1])
 BAD_FORMS = {
     "rest": ({"rest": 3}, ValueError, "rest must be between 0 and the 1 directions"),
     "slot": ({"draws": [~0]}, ValueError, "there are 0 dense directions"),
@@ -215,6 +235,28 @@ BAD_FORMS = {
     ),
     "gradient": ({"update": ops.Update([1.0, 2.0], 0.9, 0.1)}, ValueError, "gradient must be 1"),
     "update": ({"update": ops.Update([1.0], 0.9, 0.1), "rest": 0}, ValueError, "at least 1"),
+    "rows": ({"rows": []}, ValueError, "rows has 0 entries for 1 params"),
+    "row dtype": ({"rows": [ROWS.int()], "shards": [(0, 2, 2)]}, TypeError, r"rows\[0\].*int64"),
+    "row shape": (
+        {"rows": [ROWS[:, None]], "shards": [(0, 2, 2)]},
+        ValueError,
+        r"rows\[0\].*one dimension",
+    ),
+    "row count": (
+        {"rows": [ROWS], "shards": [(0, 4, 4)]},
+        ValueError,
+        r"rows\[0\].*rows of 4 elements",
+    ),
+    "row stride": (
+        {"rows": [ROWS[:1]], "shards": [(0, 4, 3)]},
+        ValueError,
+        "row_stride be at least row_length",
+    ),
+    "row bound": (
+        {"rows": [ROWS[:1]], "shards": [((8 << 32) - 3, 4, 4)]},
+        ValueError,
+        "gauss16 counts elements below",
+    ),
     "outs": ({"outs": []}, ValueError, "outs has 0 entries for 1 params"),
     "out dtype": ({"outs": [torch.zeros(4).half()]}, TypeError, r"outs\[0\].*be torch.float32"),
     "out shape": ({"outs": [torch.zeros(2, 2)]}, ValueError, r"outs\[0\].*shape"),

@@ -60,6 +60,7 @@ class Case(NamedTuple):
     rows: int = 1
     scale: float = 1.0
     outs: bool = False
+    picked: bool = False
 
 
 CASES = {name: Case(storage=name) for name in STORAGES}
@@ -69,6 +70,7 @@ MORE_CASES = {
     "many-directions": Case(k=5),
     "rows": Case(rows=100),
     "scaled": Case(scale=0.5),
+    "picked-rows": Case(rows=100, picked=True),
     "outs": Case(outs=True),
     "split-outs": Case(storage="bf16_int16", outs=True),
     **{law: Case(law=law) for law in ("gauss32", "rademacher", "normal")},
@@ -114,6 +116,7 @@ def sweep(case: Case, seed: int = 0, count: int = 1) -> Sweep:
         outs=[torch.empty_like(param) for param in params] if case.outs else None,
         dense=[],
         shards=[Shard(8 * seed, row, row + 8)] * count,
+        rows=[torch.arange(case.rows) if case.picked else None] * count,
         tensor_ids=[seed] * count,
         draws=[(seed + i) % 2**32 for i in range(case.k)],
         coeffs=[[0.1] * case.k] * count,

@@ -171,6 +171,8 @@ FORMS = [
     ("bf16_int16", "outs"),
     ("fp32", "outs"),
     ("fp16", "outs, dense"),
+    ("bf16", "rows"),
+    ("bf16_int8", "rows, dense"),
 ]
 
 

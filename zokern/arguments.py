@@ -62,7 +62,7 @@ def check_length(name: str, values: Sequence, count: int) -> None:
         raise ValueError(f"{name} has {len(values)} entries for {count} params")
 
 
-def rows(name: str, values: Numbers, count: int, k: int) -> list[list[float]]:
+def number_rows(name: str, values: Numbers, count: int, k: int) -> list[list[float]]:
     """One row of K for all tensors, or a row for each."""
     to_list: Callable[[], list] = getattr(values, "tolist", lambda: list(values))
     given = to_list()
@@ -103,6 +103,22 @@ def flat(rows_: Sequence[Sequence[float]], members: list[int]) -> list[float]:
 
 def pick(values: Sequence[T], members: list[int]) -> list[T]:
     return [values[i] for i in members]
+
+
+def packed(optional: Sequence[T | None]) -> tuple[list[T], list[int]]:
+    """Those that there are, and for each entry its place among them, -1 where it is None."""
+    present = [entry for entry in optional if entry is not None]
+    places = iter(range(len(present)))
+    return present, [-1 if entry is None else next(places) for entry in optional]
+
+
+def unpacked(
+    name: str, present: Sequence[T], places_name: str, places: Sequence[int]
+) -> list[T | None]:
+    used = sorted(place for place in places if place >= 0)
+    if used != list(range(len(present))):
+        raise ValueError(f"{places_name} must name each of the {len(present)} {name} once")
+    return [None if place < 0 else present[place] for place in places]
 
 
 def by_device(tensors: list[Tensor]) -> dict[torch.device, list[int]]:

@@ -40,7 +40,11 @@ def check_operand(sweep: Sweep, i: int) -> None:
         check_dtype(param)
         if param.device != sweep.params[0].device:
             raise ValueError(f"it is on {param.device}, params[0] on {sweep.params[0].device}")
-        check_shard(param, sweep.shards[i], sweep.law)
+        rows = sweep.rows[i]
+        check_shard(param, sweep.shards[i], sweep.law, picked=rows is not None)
+        if rows is not None:
+            argument, tensor = "rows", rows
+            _check_rows(param, rows, sweep.shards[i])
         if residual is not None:
             argument, tensor = "residuals", residual
             check_layout(residual)
@@ -189,6 +193,21 @@ def check_float32_beside(param: Tensor, tensor: Tensor) -> None:
     check_beside(param, tensor)
 
 
+def _check_rows(param: Tensor, rows: Tensor, shard: Shard) -> None:
+    check_plain(rows)
+    if rows.dtype != torch.int64:
+        raise TypeError("its dtype must be int64")
+    if rows.device != param.device:
+        raise ValueError(f"it must be on {param.device}, the device of its parameter")
+    if rows.dim() != 1 or not rows.is_contiguous():
+        raise ValueError("it must be contiguous and have one dimension")
+    if rows.numel() * shard.row_length != param.numel():
+        raise ValueError(
+            f"it must name the rows of {shard.row_length} elements that its parameter's "
+            f"{param.numel()} elements are"
+        )
+
+
 def _check_out(param: Tensor, out: Tensor) -> None:
     check_plain(out)
     if out.dtype != param.dtype:
@@ -226,18 +245,21 @@ def check_strided(tensor: Tensor) -> None:
         )
 
 
-def check_shard(param: Tensor, shard: Shard, law: str) -> None:
+def check_shard(param: Tensor, shard: Shard, law: str, *, picked: bool = False) -> None:
     numel = param.numel()
     if numel == 0:
         return
     fills = shard.row_length > 0 and numel % shard.row_length == 0
     rows = numel // shard.row_length if fills else 0
-    if not fills or shard.offset < 0 or (rows > 1 and shard.row_stride < shard.row_length):
+    strides = rows > 1 or picked
+    if not fills or shard.offset < 0 or (strides and shard.row_stride < shard.row_length):
         raise ValueError(
             f"{shard} does not describe its {numel} elements: rows of row_length must fill the "
             "tensor, row_stride be at least row_length, offset not negative"
         )
-    check_elements(shard.offset + (rows - 1) * shard.row_stride + shard.row_length, law)
+    # Which rows were picked is known on their device alone.
+    last = 0 if picked else rows - 1
+    check_elements(shard.offset + last * shard.row_stride + shard.row_length, law)
 
 
 def check_residual(param: Tensor, residual: Tensor) -> None:

@@ -14,7 +14,8 @@ class Shard(NamedTuple):
     """Where a tensor's elements lie in the full tensor whose noise they get.
 
     Local element (r, k), row-major over rows of ``row_length``, is element
-    ``offset + r·row_stride + k`` of the full tensor.
+    ``offset + r·row_stride + k`` of the full tensor; ``offset + rows[r]·row_stride + k`` where
+    somebody picked ``rows``.
     """
 
     offset: int
@@ -65,6 +66,7 @@ class Sweep:
     outs: list[Tensor] | None
     dense: list[list[Tensor]]
     shards: list[Shard]
+    rows: list[Tensor | None]
     tensor_ids: list[int]
     draws: list[int]
     coeffs: Sequence[Sequence[float]]
@@ -96,6 +98,7 @@ class Sweep:
         """Those that it reads and leaves as they are."""
         if self.outs is not None:
             yield from _present(params=self.params, residuals=self.residuals)
+        yield from _present(rows=self.rows)
         yield from _present(**{f"dense[{j}]": vectors for j, vectors in enumerate(self.dense)})
 
 

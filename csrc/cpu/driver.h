@@ -173,6 +173,16 @@ void move_run(const Directions& d, const SweepTensor& tensor, int64_t i, int64_t
     }
 }
 
+// The number of a tensor's row in the full tensor.
+template <class Tensor>
+int64_t row_number(const Tensor&, int64_t row) {
+    return row;
+}
+
+int64_t row_number(const SweepTensor& tensor, int64_t row) {
+    return tensor.rows == nullptr ? row : tensor.rows[row];
+}
+
 // Calls run(i, n, element) for each row's part of local elements [begin, end): n of them from i on,
 // the first being `element` of the full tensor.
 template <class Tensor, class Run>
@@ -181,7 +191,7 @@ void over_rows(const Tensor& tensor, int64_t begin, int64_t end, const Run& run)
         const int64_t row = begin / tensor.row_length, column = begin % tensor.row_length;
         const int64_t rest = tensor.row_length - column;
         const int64_t n = rest < end - begin ? rest : end - begin;
-        run(begin, n, tensor.offset + row * tensor.row_stride + column);
+        run(begin, n, tensor.offset + row_number(tensor, row) * tensor.row_stride + column);
         begin += n;
     }
 }

@@ -22,15 +22,23 @@ inline bool on_boundaries(const DenseTensor& dense, const Extent& e) {
     return on_boundaries(dense.data, param_bytes(dense.type), e);
 }
 
+inline const int64_t* picked_rows(const SweepTensor& t) { return t.rows; }
+
+template <class Tensor>
+const int64_t* picked_rows(const Tensor&) {
+    return nullptr;
+}
+
 // All but `vectors`. The tensor is not empty.
 template <class Tensor>
 Extent extent_of(const Tensor& t, Law law) {
     const Stream stream = make_stream(0, t.tensor_id, 0, law);
     Extent e{};
     e.offset = uint64_t(t.offset);
-    const bool one_row = t.row_length == t.numel || t.row_stride == t.row_length;
+    const bool one_row =
+        picked_rows(t) == nullptr && (t.row_length == t.numel || t.row_stride == t.row_length);
     e.row_length = uint64_t(one_row ? t.numel : t.row_length);
-    e.row_stride = uint64_t(one_row ? t.numel : t.row_stride);
+    e.row_stride = uint64_t(one_row ? 0 : t.row_stride);
     e.rows = uint64_t(t.numel) / e.row_length;
     e.reciprocal = ~uint64_t(0) / units_per_row(e);
     e.c1 = stream.c1;

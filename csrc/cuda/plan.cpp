@@ -21,7 +21,10 @@ void describe(const SweepTensor& t, Law law, Operand& o) {
     o.param = static_cast<char*>(t.param);
     o.residual = static_cast<char*>(t.residual);
     o.out = static_cast<char*>(t.out);
-    o.vectors = on_boundaries(t.param, param_bytes(t.storage), o) &&
+    o.picked = t.rows;
+    // Picked rows may follow on one another in any order.
+    const bool in_step = t.rows == nullptr || (t.row_length % 8 == 0 && t.row_stride % 8 == 0);
+    o.vectors = in_step && on_boundaries(t.param, param_bytes(t.storage), o) &&
                 on_boundaries(t.residual, residual_bytes(t.storage), o) &&
                 on_boundaries(t.out, param_bytes(t.storage), o);
 }

@@ -20,7 +20,7 @@ constexpr uint32_t kMaxDirections = 1024;  // in a sweep
 constexpr uint32_t kMaxFactors = 1024;     // rows × directions in a launch
 
 // How a tensor of a launch lies in its full tensor: element (r, k) is element
-// offset + r row_stride + k there.
+// offset + r row_stride + k there. The stride is 0 where there is one row, the first.
 struct Extent {
     uint64_t offset, row_length, row_stride, rows;
     uint64_t reciprocal;  // ⌊(2^64 - 1) / units_per_row⌋
@@ -30,7 +30,7 @@ struct Extent {
 
 // As many for every row as for the one that touches the most octets.
 ZK_FN uint64_t units_per_row(const Extent& e) {
-    const uint64_t phase = e.rows == 1 || e.row_stride % 8 == 0 ? e.offset % 8 : 7;
+    const uint64_t phase = e.row_stride % 8 == 0 ? e.offset % 8 : 7;
     return (phase + e.row_length + 7) / 8;
 }
 
@@ -40,6 +40,7 @@ struct Operand : Extent {
     char* param;
     char* residual;
     char* out;              // or null: then the sweep is in place
+    const int64_t* picked;  // its rows' numbers in the full tensor, or null: they are in order
     uint32_t first_factor;  // its row of factors
 };
 
@@ -84,10 +85,10 @@ struct MoveBatch : Batch<OperandType, capacity> {
     uint32_t scaled;  // whether any scale is not 1
 };
 
-struct SweepBatch : MoveBatch<Operand, 216> {};
+struct SweepBatch : MoveBatch<Operand, 192> {};
 static_assert(sizeof(SweepBatch) <= kParameterBytes, "kernel parameters");
 
-struct UpdateBatch : MoveBatch<UpdateOperand, 108> {
+struct UpdateBatch : MoveBatch<UpdateOperand, 100> {
     float gradient[kMaxFactors];
     uint32_t dense[kMaxDirections / 32];  // bit k: draws[k] is ~slot of a dense direction
     uint32_t rest, updates, sign;

@@ -13,7 +13,7 @@ constexpr uint32_t kMinSteps = 4;
 
 Extent whole(int64_t numel) {
     Extent e{};
-    e.row_length = e.row_stride = uint64_t(numel);
+    e.row_length = uint64_t(numel);
     e.rows = numel > 0;
     if (numel > 0) e.reciprocal = ~uint64_t(0) / units_per_row(e);
     return e;

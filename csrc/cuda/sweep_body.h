@@ -75,7 +75,7 @@ ZK_FN void sweep_whole(const SweepBatch& batch, const Operand& operand, uint64_t
 // One octet of any tensor; its elements outside the row are left alone.
 template <Law law, Storage storage>
 ZK_FN void sweep_unit(const SweepBatch& batch, const Operand& operand, uint64_t index) {
-    const Unit unit = locate(operand, index);
+    const Unit unit = locate(operand, index, operand.picked);
     float values[1][8];
     load_from<storage>(operand.param, operand.residual, unit, values[0]);
     displace<law, 0, true>(batch, operand, unit.octet_index, values);
@@ -89,8 +89,8 @@ ZK_FN void sweep_body(Context at, const SweepBatch& batch) {
     const uint64_t per_block = uint64_t(batch.steps) * kThreads;
     const uint64_t begin = (at.block() - batch.first_blocks[which]) * per_block;
     const uint64_t phase = operand.offset % 8;
-    const bool whole = operand.vectors && operand.rows == 1 && 8 * begin >= phase &&
-                       8 * (begin + per_block) <= operand.row_length + phase;
+    const bool whole = operand.vectors && operand.rows == 1 && operand.picked == nullptr &&
+                       8 * begin >= phase && 8 * (begin + per_block) <= operand.row_length + phase;
     if (whole) {
         if (operand.out != nullptr)
             sweep_whole<law, storage, K, true, true>(batch, operand, begin + at.thread());

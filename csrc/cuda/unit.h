@@ -70,14 +70,16 @@ struct Unit {
     bool vectors;          // whether the octet can be moved in vectors
 };
 
-ZK_FN Unit locate(const Extent& extent, uint64_t index) {
+// `picked`: see Operand.
+ZK_FN Unit locate(const Extent& extent, uint64_t index, const int64_t* picked = nullptr) {
     const uint64_t per_row = units_per_row(extent);
     uint64_t row = 0;
     if (extent.rows > 1) {
         row = high_product(index, extent.reciprocal);
         if (index - row * per_row >= per_row) ++row;
     }
-    const uint64_t row_offset = extent.offset + row * extent.row_stride;
+    const uint64_t number = picked == nullptr ? row : uint64_t(picked[row]);
+    const uint64_t row_offset = extent.offset + number * extent.row_stride;
     const uint64_t octet_index = row_offset / 8 + (index - row * per_row);
     // Of the octet's first element, in its row; negative where the row starts inside the octet.
     const int64_t column = int64_t(8 * octet_index - row_offset);

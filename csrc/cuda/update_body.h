@@ -55,7 +55,7 @@ ZK_FN void settle(const UpdateBatch& batch, const UpdateOperand& operand, const 
 
 template <Law law, Storage storage, bool masters>
 ZK_FN void update_unit(const UpdateBatch& batch, const UpdateOperand& operand, uint64_t index) {
-    const Unit unit = locate(operand, index);
+    const Unit unit = locate(operand, index, operand.picked);
     float t[8], u[8] = {};
     if constexpr (masters)
         load_from<Storage::fp32>(operand.master, nullptr, unit, t);

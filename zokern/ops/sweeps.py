@@ -16,11 +16,13 @@ from zokern.arguments import (
     float32s,
     integer,
     integers,
+    number_rows,
+    packed,
     pick,
-    rows,
     signed,
     tensor_list,
     unflatten,
+    unpacked,
     unsigned,
 )
 from zokern.checks import (
@@ -41,7 +43,7 @@ torch.library.define(
     "(Tensor(a!)[] params, Tensor(b!)[] residuals, int[] residual_of, Tensor(c!)[] masters,"
     " Tensor(d!)[] momenta, Tensor(e!)[] outs, Tensor[] dense, int[] draws, float[] coeffs,"
     " float[] scales, int rest, float[] gradient, float[] decays, float[] steps, bool sign,"
-    " int seed, str law, int[] tensor_ids, int[] shards) -> ()",
+    " int seed, str law, int[] tensor_ids, int[] shards, Tensor[] rows, int[] row_of) -> ()",
 )
 torch.library.define(
     "zokern::inner_products",
@@ -63,6 +65,7 @@ def perturb_(
     scales: Numbers | None = None,
     tensor_ids: Sequence[int] | None = None,
     shards: Shards | None = None,
+    rows: Sequence[Tensor | None] | None = None,
     residuals: Sequence[Tensor | None] | None = None,
     masters: Sequence[Tensor] | None = None,
     outs: Sequence[Tensor] | None = None,
@@ -104,6 +107,11 @@ def perturb_(
         shards: for each tensor None (it is whole) or (offset, row_length, row_stride): its
             element (r, k), in rows of ``row_length``, is element offset + r·row_stride + k of the
             full tensor and gets the noise of that element.
+        rows: for each tensor None or the numbers of its rows in the full tensor, where somebody
+            picked them (an embedding's, say): int64, of one dimension, on the tensor's device. Its
+            element (r, k) is element offset + rows[r]·row_stride + k then. The numbers are not
+            looked at before the sweep: that none is negative, and that the law counts all their
+            elements, is the caller's business.
         residuals: for each tensor None or the low bits of its value, shaped and laid out like it:
             int16 or int8 beside bfloat16, float16 beside float16 (``split`` and ``split8``).
         masters: for each tensor its float32 value at rest, of its shape; instead of residuals.
@@ -132,14 +140,16 @@ def perturb_(
     if not draws and masters is None:
         raise ValueError("draws is empty: give at least one direction")
     k = len(draws)
-    coeff_rows = rows("coeffs", coeffs, count, k)
-    scale_rows = None if scales is None else rows("scales", scales, count, k)
+    coeff_rows = number_rows("coeffs", coeffs, count, k)
+    scale_rows = None if scales is None else number_rows("scales", scales, count, k)
     seed = integer("seed", seed, bits=64)
     ids = list(range(count)) if tensor_ids is None else integers("tensor_ids", tensor_ids, bits=56)
     check_length("tensor_ids", ids, count)
     shard_list = _shard_list(shards, params)
     residual_list = [None] * count if residuals is None else list(residuals)
     check_length("residuals", residual_list, count)
+    row_list = [None] * count if rows is None else list(rows)
+    check_length("rows", row_list, count)
     master_list = None if masters is None else tensor_list("masters", masters)
     check_length("masters", params if master_list is None else master_list, count)
     out_list = None if outs is None else tensor_list("outs", outs)
@@ -148,13 +158,10 @@ def perturb_(
     update = None if update is None else _read_update(update, count, k)
 
     def call(members: list[int]) -> tuple:
-        own_residuals = [r for i in members if (r := residual_list[i]) is not None]
-        slots = iter(range(len(own_residuals)))
         momenta = None if update is None else update.momenta
         return (
             pick(params, members),
-            own_residuals,
-            [-1 if residual_list[i] is None else next(slots) for i in members],
+            *packed(pick(residual_list, members)),
             [] if master_list is None else pick(master_list, members),
             [] if momenta is None else pick(momenta, members),
             [] if out_list is None else pick(out_list, members),
@@ -171,6 +178,7 @@ def perturb_(
             law,
             pick(ids, members),
             [n for i in members for n in shard_list[i]],
+            *packed(pick(row_list, members)),
         )
 
     calls = [call(members) for members in by_device(params).values()]
@@ -336,14 +344,14 @@ def _sweep(
     law: str,
     tensor_ids: list[int],
     shards: list[int],
+    rows: list[Tensor],
+    row_of: list[int],
 ) -> Sweep:
     """The flat arguments of the schema as a Sweep, every operand checked but for its memory."""
     check_direction_law(law)
     count, k = len(params), len(draws)
-    check_flat(count, residual_of=(residual_of, 1), tensor_ids=(tensor_ids, 1), shards=(shards, 3))
-    used = sorted(slot for slot in residual_of if slot >= 0)
-    if used != list(range(len(residuals))):
-        raise ValueError(f"residual_of must name each of the {len(residuals)} residuals once")
+    check_flat(count, residual_of=(residual_of, 1), row_of=(row_of, 1))
+    check_flat(count, tensor_ids=(tensor_ids, 1), shards=(shards, 3))
     if masters:
         check_flat(count, masters=(masters, 1))
     if momenta:
@@ -369,11 +377,12 @@ def _sweep(
     vectors = [dense[i : i + count] for i in range(0, len(dense), count or 1)]
     sweep = Sweep(
         params=params,
-        residuals=[None if slot < 0 else residuals[slot] for slot in residual_of],
+        residuals=unpacked("residuals", residuals, "residual_of", residual_of),
         masters=masters or None,
         outs=outs or None,
         dense=vectors,
         shards=[Shard(*shards[3 * i : 3 * i + 3]) for i in range(count)],
+        rows=unpacked("rows", rows, "row_of", row_of),
         tensor_ids=integers("tensor_ids", tensor_ids, bits=56),
         draws=directions(draws, len(vectors)),
         coeffs=unflatten("coeffs", coeffs, count, k),
@@ -425,7 +434,7 @@ def _read_update(update: Update, count: int, k: int) -> Update:
         momenta = tensor_list("momenta", momenta)
         check_length("momenta", momenta, count)
     return Update(
-        rows("gradient", update.gradient, count, k),
+        number_rows("gradient", update.gradient, count, k),
         per_tensor("decays", update.decays),
         per_tensor("steps", update.steps),
         momenta,

@@ -23,13 +23,13 @@ STORAGES = {
 
 def perturb_(sweep: Sweep) -> None:
     device = sweep.params[0].device
-    with row_major(sweep) as rows:
+    with row_major(sweep) as contiguous:
         if device.type == "cpu":
-            _C.cpu_sweep(pack(rows), cpu_capability(), torch.get_num_threads())
+            _C.cpu_sweep(pack(contiguous), cpu_capability(), torch.get_num_threads())
         else:
             with torch.cuda.device(device):
                 stream = torch.cuda.current_stream().cuda_stream
-                _C.cuda_sweep(pack(rows), device.index, stream)
+                _C.cuda_sweep(pack(contiguous), device.index, stream)
 
 
 def pack(sweep: Sweep) -> _C.Sweep:
@@ -61,12 +61,13 @@ def pack(sweep: Sweep) -> _C.Sweep:
         offsets=[s.offset for s in sweep.shards],
         row_lengths=[s.row_length for s in sweep.shards],
         row_strides=[s.row_stride for s in sweep.shards],
+        rows=[0 if r is None else r.data_ptr() for r in sweep.rows],
         tensor_ids=sweep.tensor_ids,
         storages=[
             STORAGES[p.dtype, None if r is None else r.dtype]
             for p, r in zip(sweep.params, sweep.residuals, strict=True)
         ],
-        rows=row_of,
+        coeff_rows=row_of,
         decays=[] if update is None else update.decays,
         steps=[] if update is None else update.steps,
         law=LAWS[sweep.law].code,

@@ -9,10 +9,12 @@ from zokern.backends.reference.noise import values_at
 from zokern.sweep import Shard, Sweep
 
 
-def elements_of(tensor: Tensor, shard: Shard) -> Tensor:
+def elements_of(tensor: Tensor, shard: Shard, rows: Tensor | None = None) -> Tensor:
     """The index in the full tensor of each element of a tensor, row-major."""
     local = torch.arange(tensor.numel(), device=tensor.device)
     row, column = local // shard.row_length, local % shard.row_length
+    if rows is not None:
+        row = rows[row]
     return shard.offset + row * shard.row_stride + column
 
 
@@ -25,7 +27,7 @@ def perturb_(sweep: Sweep) -> None:
 def _perturb_tensor(sweep: Sweep, i: int) -> None:
     param, residual = sweep.params[i], sweep.residuals[i]
     master = None if sweep.masters is None else sweep.masters[i]
-    elements = elements_of(param, sweep.shards[i])
+    elements = elements_of(param, sweep.shards[i], sweep.rows[i])
     directions = range(len(sweep.draws))
 
     def number(x: float) -> Tensor:

@@ -48,6 +48,7 @@ class Columns(NamedTuple):
     residual: int
     coeff_row: int
     out: int  # 0 in place
+    rows: int
 
 
 COLUMNS = tl.constexpr(PLACE.value + len(Columns._fields))
@@ -74,9 +75,9 @@ def _sweep_tile(tensor, shard, start, origin, tile, moves,
                 DIRECTIONS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
                 MASKED: tl.constexpr, OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
     """Sweep a tile of the block whose first octet is ``start``, and ``origin`` as (row, place)."""
-    param, residual, out, stream = tensor
+    param, residual, out, picked, stream = tensor
     draws, pairs, directions, first, last = moves
-    octet, row, column = locate(origin, tile, shard, OCTETS, ROWS)
+    octet, row, column = locate(origin, tile, shard, OCTETS, ROWS, picked)
     if MASKED:
         at, mask = owned(row, column, shard, OCTETS)
         value = load(STORAGE, param, residual, at, mask)
@@ -118,6 +119,7 @@ def perturb_kernel(
     DIRECTIONS: tl.constexpr,
     SCALED: tl.constexpr,
     ROWS: tl.constexpr,
+    PICKED: tl.constexpr,
     OCTETS: tl.constexpr,
     DP4A: tl.constexpr,
 ):
@@ -125,14 +127,15 @@ def perturb_kernel(
 
     OUT is the storage of what is written apart, or "" in place. DIRECTIONS is how many there are,
     or 0 for any number; SCALED says that some scale is not 1, ROWS that some tensor has several
-    rows.
+    rows, PICKED that somebody picked them.
     """
     i = find(table, tensors, tl.program_id(0))
     columns = table + tensors + i * COLUMNS
     tensor_id, unmasked, shard = load_place(columns)
     stream = (seed_low.to(tl.uint32), seed_high.to(tl.uint32), tensor_id)
+    picked = tl.load(columns + PLACE + 4) if PICKED else None
     tensor = (tl.load(columns + PLACE), tl.load(columns + PLACE + 1), tl.load(columns + PLACE + 3),
-              stream)  # fmt: skip
+              picked, stream)  # fmt: skip
 
     draws = table + tensors * (1 + COLUMNS)
     pairs = draws + directions + tl.load(columns + PLACE + 2) * directions * 2
@@ -154,15 +157,16 @@ def perturb_(sweep: Sweep) -> None:
     """A plain sweep: parameters move along noise alone."""
     with row_major(sweep) as contiguous, on(sweep.params[0].device):
 
-        def storage(i: int) -> str:
-            return storage_of(contiguous.params[i], contiguous.residuals[i])
+        def kind(i: int) -> tuple[str, bool]:
+            storage = storage_of(contiguous.params[i], contiguous.residuals[i])
+            return storage, contiguous.rows[i] is not None
 
-        launches = launches_of(contiguous.params, contiguous.shards, storage)
-        for (name, rows), members in launches.items():
-            _launch(contiguous, members, name, rows)
+        launches = launches_of(contiguous.params, contiguous.shards, kind)
+        for ((storage, picked), rows), members in launches.items():
+            _launch(contiguous, members, storage, rows, picked)
 
 
-def _launch(sweep: Sweep, members: list[int], storage: str, rows: bool) -> None:
+def _launch(sweep: Sweep, members: list[int], storage: str, rows: bool, picked: bool) -> None:
     coeff_rows, pairs = coefficient_rows([(sweep.coeffs[i], sweep.scales[i]) for i in members])
     places = [_place(sweep, i) for i in members]
     octets = sum(place.octets for place in places)
@@ -186,6 +190,7 @@ def _launch(sweep: Sweep, members: list[int], storage: str, rows: bool) -> None:
         DIRECTIONS=directions if directions <= 2 else 0,
         SCALED=any(scale != 1 for scale in pairs[1::2]),
         ROWS=rows,
+        PICKED=picked,
         OCTETS=tile,
         DP4A=target().dp4a,
         num_warps=warps,
@@ -195,7 +200,8 @@ def _launch(sweep: Sweep, members: list[int], storage: str, rows: bool) -> None:
 
 def _place(sweep: Sweep, i: int) -> Place:
     operands = (sweep.params[i], sweep.residuals[i], _out(sweep, i))
-    return place_of(operands, sweep.shards[i], sweep.tensor_ids[i])
+    picked = sweep.rows[i] is not None
+    return place_of(operands, sweep.shards[i], sweep.tensor_ids[i], picked=picked)
 
 
 def _out(sweep: Sweep, i: int) -> Tensor | None:
@@ -208,6 +214,7 @@ def _columns(sweep: Sweep, i: int, coeff_row: int) -> Columns:
         residual=address_of(sweep.residuals[i]),
         coeff_row=coeff_row,
         out=address_of(_out(sweep, i)),
+        rows=address_of(sweep.rows[i]),
     )
 
 

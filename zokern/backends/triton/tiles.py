@@ -92,10 +92,13 @@ def tiles_of(block, shard, unmasked, tiles, OCTETS: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
-def locate(origin, tile, shard, OCTETS: tl.constexpr, ROWS: tl.constexpr):
-    """For each octet of a tile: its index, its row, and the column of its first element."""
+def locate(origin, tile, shard, OCTETS: tl.constexpr, ROWS: tl.constexpr, picked=None):
+    """For each octet of a tile: its index, its row, and the column of its first element.
+
+    ``picked`` is the address of the rows' numbers in the full tensor; None where they are in order.
+    """
     row_of_origin, place = origin
-    _, octets_per_row, offset, _, row_stride = shard
+    rows, octets_per_row, offset, _, row_stride = shard
     place += tile * OCTETS + tl.arange(0, OCTETS)
     row = row_of_origin + tl.zeros([OCTETS], tl.int64)
     if ROWS:
@@ -103,7 +106,10 @@ def locate(origin, tile, shard, OCTETS: tl.constexpr, ROWS: tl.constexpr):
         ahead = (place.to(tl.uint32) // octets_per_row.to(tl.uint32)).to(tl.int64)
         row += ahead
         place -= ahead * octets_per_row
-    start = offset + row * row_stride
+    number = row
+    if picked is not None:
+        number = tl.load(picked.to(tl.pointer_type(tl.int64)) + row, row < rows, 0)
+    start = offset + number * row_stride
     return (start >> 3) + place, row, place * 8 - (start & 7)
 
 
@@ -117,12 +123,14 @@ def owned(row, column, shard, OCTETS: tl.constexpr):
     return tl.reshape(at, [OCTETS * 8]), tl.reshape(mask, [OCTETS * 8])
 
 
-def place_of(operands: Sequence[Tensor | None], shard: Shard, tensor_id: int) -> Place:
+def place_of(
+    operands: Sequence[Tensor | None], shard: Shard, tensor_id: int, *, picked: bool = False
+) -> Place:
     """Of a tensor whose operands are these, the first of them always there."""
     assert operands[0] is not None
     numel = operands[0].numel()
     rows = numel // shard.row_length
-    starts = (shard.offset, *((shard.row_length, shard.row_stride) if rows > 1 else ()))
+    starts = (shard.offset, *((shard.row_length, shard.row_stride) if rows > 1 or picked else ()))
     whole = all(start % 8 == 0 for start in starts)
     aligned = whole and all(address_of(operand) % 16 == 0 for operand in operands)
     # A row may begin with the last element of an octet.

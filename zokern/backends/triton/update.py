@@ -21,6 +21,7 @@ from zokern.backends.triton.noise import fma, octet_values
 from zokern.backends.triton.storage import alone, load_tile, storage_of, store_tile
 from zokern.backends.triton.tiles import (
     PLACE,
+    Place,
     address_of,
     coefficient_rows,
     find,
@@ -56,6 +57,7 @@ class Columns(NamedTuple):
     decay: int
     step: int
     coeff_row: int
+    rows: int
 
 
 COLUMNS = tl.constexpr(PLACE.value + len(Columns._fields))
@@ -145,13 +147,14 @@ def update_kernel(
     DENSE0: tl.constexpr,
     DENSE1: tl.constexpr,
     ROWS: tl.constexpr,
+    PICKED: tl.constexpr,
     OCTETS: tl.constexpr,
     DP4A: tl.constexpr,
 ):
     """A block sweeps up to ``tiles`` tiles of OCTETS octets, of one tensor.
 
     MASTER, UPDATE and MOMENTUM say what there is, OUT, DENSE0 and DENSE1 in which storage (or ""),
-    ROWS that some tensor has several rows.
+    ROWS that some tensor has several rows, PICKED that somebody picked them.
     """
     i = find(table, tensors, tl.program_id(0))
     place = table + tensors + i * COLUMNS
@@ -163,17 +166,18 @@ def update_kernel(
                tl.load(own + 6), load_float(own + 7), load_float(own + 8))  # fmt: skip
     draws = table + tensors * (1 + COLUMNS)
     moves = (draws, draws + directions + tl.load(own + 9) * directions * 3)
+    picked = tl.load(own + 10) if PICKED else None
 
     block = tl.program_id(0) - tl.load(table + i)
     start, origin, unmasked_tiles, all_tiles = tiles_of(block, shard, unmasked, tiles, OCTETS, ROWS)
     for tile in range(unmasked_tiles):
-        octet, _, _ = locate(origin, tile, shard, OCTETS, ROWS)
+        octet, _, _ = locate(origin, tile, shard, OCTETS, ROWS, picked)
         first = start + tile * OCTETS
         access = (first, first * 8 + tl.arange(0, OCTETS * 8), None)
         _sweep_tile(columns, (octet, stream), access, moves, rest, directions, LAW, STORAGE,
                     OUT, MASTER, UPDATE, MOMENTUM, SIGN, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
     for tile in range(unmasked_tiles, all_tiles):
-        octet, row, column = locate(origin, tile, shard, OCTETS, ROWS)
+        octet, row, column = locate(origin, tile, shard, OCTETS, ROWS, picked)
         at, mask = owned(row, column, shard, OCTETS)
         _sweep_tile(columns, (octet, stream), (0, at, mask), moves, rest, directions, LAW, STORAGE,
                     OUT, MASTER, UPDATE, MOMENTUM, SIGN, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
@@ -182,20 +186,23 @@ def update_kernel(
 def perturb_(sweep: Sweep) -> None:
     with row_major(sweep) as contiguous, on(sweep.params[0].device):
 
-        def storages(i: int) -> tuple[str, ...]:
+        def kind(i: int) -> tuple[tuple[str, ...], bool]:
             param = storage_of(contiguous.params[i], contiguous.residuals[i])
-            return param, *(storage_of(vectors[i]) for vectors in contiguous.dense)
+            storages = (param, *(storage_of(vectors[i]) for vectors in contiguous.dense))
+            return storages, contiguous.rows[i] is not None
 
-        launches = launches_of(contiguous.params, contiguous.shards, storages)
-        for (names, rows), members in launches.items():
-            _launch(contiguous, members, names, rows)
+        launches = launches_of(contiguous.params, contiguous.shards, kind)
+        for ((storages, picked), rows), members in launches.items():
+            _launch(contiguous, members, storages, rows, picked)
 
 
-def _launch(sweep: Sweep, members: list[int], storages: tuple[str, ...], rows: bool) -> None:
+def _launch(
+    sweep: Sweep, members: list[int], storages: tuple[str, ...], rows: bool, picked: bool
+) -> None:
     storage, dense0, dense1 = (*storages, "", "")[:3]
     update = sweep.update
     coeff_rows, triples = _coefficients(sweep, members)
-    places = [place_of(_operands(sweep, i), sweep.shards[i], sweep.tensor_ids[i]) for i in members]
+    places = [_place(sweep, i) for i in members]
     octets = sum(place.octets for place in places)
     tile, warps = _tile(storage, octets)
     tiles = min(MAX_TILES, max(1, octets // (tile * BLOCKS)))
@@ -222,11 +229,17 @@ def _launch(sweep: Sweep, members: list[int], storages: tuple[str, ...], rows: b
         DENSE0=dense0,
         DENSE1=dense1,
         ROWS=rows,
+        PICKED=picked,
         OCTETS=tile,
         DP4A=target().dp4a,
         num_warps=warps,
         **OPTIONS,
     )
+
+
+def _place(sweep: Sweep, i: int) -> Place:
+    picked = sweep.rows[i] is not None
+    return place_of(_operands(sweep, i), sweep.shards[i], sweep.tensor_ids[i], picked=picked)
 
 
 def _operands(sweep: Sweep, i: int) -> tuple[Tensor | None, ...]:
@@ -244,7 +257,7 @@ def _columns(sweep: Sweep, i: int, coeff_row: int) -> Columns:
     update = sweep.update
     numbers = (0.0, 0.0) if update is None else (update.decays[i], update.steps[i])
     addresses = map(address_of, _operands(sweep, i))
-    return Columns._make((*addresses, *float_bits(numbers), coeff_row))
+    return Columns._make((*addresses, *float_bits(numbers), coeff_row, address_of(sweep.rows[i])))
 
 
 def _coefficients(sweep: Sweep, members: list[int]) -> tuple[list[int], list[float]]:
