@@ -34,7 +34,7 @@ Sweep make_sweep(const Pointers& params, const Pointers& residuals, const Pointe
                  const std::vector<int>& storages, const std::vector<int>& coeff_rows,
                  const Floats& decays, const Floats& steps, int law, uint64_t seed, Ints draws,
                  Floats coeffs, Floats scales, int64_t rest, bool sign, Floats gradient,
-                 bool plain) {
+                 int64_t rounding, bool plain) {
     Sweep sweep;
     sweep.law = Law(law);
     sweep.seed = seed;
@@ -67,6 +67,7 @@ Sweep make_sweep(const Pointers& params, const Pointers& residuals, const Pointe
     sweep.updates = !gradient.empty();
     sweep.sign = sign;
     sweep.gradient = std::move(gradient);
+    sweep.rounding = rounding;
     sweep.plain = plain;
     return sweep;
 }
@@ -207,7 +208,7 @@ PYBIND11_MODULE(_C, m) {
              py::arg("rows"), py::arg("tensor_ids"), py::arg("storages"), py::arg("coeff_rows"),
              py::arg("decays"), py::arg("steps"), py::arg("law"), py::arg("seed"), py::arg("draws"),
              py::arg("coeffs"), py::arg("scales"), py::arg("rest"), py::arg("sign"),
-             py::arg("gradient"), py::arg("plain"));
+             py::arg("gradient"), py::arg("rounding"), py::arg("plain"));
     py::class_<Products>(m, "Products")
         .def(py::init(&make_products), py::kw_only(), py::arg("vectors"), py::arg("numels"),
              py::arg("offsets"), py::arg("row_lengths"), py::arg("row_strides"),

@@ -37,6 +37,11 @@ ZK_FN constexpr Storage alone(Storage s) {
                                                             : Storage::bf16;
 }
 
+// Whether values can be rounded to it stochastically.
+ZK_FN constexpr bool rounds(Storage s) {
+    return s == Storage::bf16 || s == Storage::fp16 || s == Storage::bf16_split8;
+}
+
 // A parameter's and a residual's bits, in the low end of each word.
 struct Stored {
     uint32_t param, residual;
@@ -97,6 +102,32 @@ ZK_FN float load_value(Stored s) {
         return bits_float((s.param << 16) + (uint32_t(int32_t(int8_t(s.residual))) << 8));
     } else {
         return fma32(from_fp16(s.residual), 0x1p-11f, from_fp16(s.param));
+    }
+}
+
+constexpr uint32_t kInfinity = 0x7F800000u;
+constexpr uint32_t kFp16End = 0x47800000u;       // 2^16: float16 has nothing there
+constexpr uint32_t kFp16Smallest = 0x38800000u;  // 2^-14: below it the spacing stays the same
+constexpr uint32_t kFp16Spacing = 10u << 23;     // less this, a power of two is the spacing there
+constexpr uint32_t kTwiceOne = 254u << 23;  // less the bits of a power of two: those of its inverse
+
+// The value rounded up or down by 16 random bits to one that the storage keeps as it is; infinities
+// and NaN stay as they are.
+template <Storage storage>
+ZK_FN float round_by(uint32_t random, float value) {
+    const uint32_t bits = float_bits(value), magnitude = bits & 0x7FFFFFFFu;
+    if constexpr (storage == Storage::fp16) {
+        if (magnitude >= kFp16End) return value;
+        const uint32_t power = magnitude & kInfinity;
+        const uint32_t ulp = (power > kFp16Smallest ? power : kFp16Smallest) - kFp16Spacing;
+        const float quotient = bits_float(magnitude) * bits_float(kTwiceOne - ulp);
+        const float n = float(uint32_t(quotient));
+        const float up = float(random) < (quotient - n) * 0x1p16f ? 1.0f : 0.0f;
+        return bits_float(float_bits((n + up) * bits_float(ulp)) | (bits & 0x80000000u));
+    } else {
+        constexpr int dropped = storage == Storage::bf16 ? 16 : 8;
+        if (magnitude >= kInfinity) return value;
+        return bits_float((bits + (random >> (16 - dropped))) >> dropped << dropped);
     }
 }
 

@@ -7,7 +7,8 @@
 //   for k ≥ rest:   t ← s_k t;  t ← fma(c_k, z_k, t)
 //   parameter = t                                        or out = t, and the rest stays as it is
 //
-// z_k is the noise of a draw or an element of a dense direction.
+// z_k is the noise of a draw or an element of a dense direction. What is stored is rounded to
+// nearest or, where there is a draw of rounding16 for it, stochastically.
 #pragma once
 
 #include <cstdint>
@@ -53,7 +54,8 @@ struct Sweep {
     int64_t rest;
     bool updates, sign;
     std::vector<float> gradient;  // rows × K, or empty where the sweep does not update
-    bool plain;                   // neither masters nor dense directions nor an update
+    int64_t rounding;             // the draw that rounds, or -1: to nearest
+    bool plain;                   // no masters, dense directions, update or stochastic rounding
 };
 
 // Whose inner products with themselves and with the noise of a draw are wanted.

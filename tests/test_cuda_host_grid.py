@@ -7,7 +7,13 @@ import pytest
 import torch
 
 import zokern
-from tests import test_inner_products, test_merge_deltas, test_perturb, test_sweep_forms
+from tests import (
+    test_inner_products,
+    test_merge_deltas,
+    test_perturb,
+    test_rounding,
+    test_sweep_forms,
+)
 from tests.same_bits import same_bits
 from zokern import noise, ops
 
@@ -155,6 +161,12 @@ def test_more_tensors_than_a_launch_takes(count, k):
 @pytest.mark.parametrize(("law", "storage", "form"), test_sweep_forms.CASES)
 def test_forms_of_sweeps(law, storage, form):
     test_sweep_forms.test_backends_agree("host grid", law, storage, form)
+
+
+@pytest.mark.parametrize("name", test_rounding.STORAGES)
+def test_stochastic_rounding(name):
+    test_rounding.test_every_backend_rounds_as_the_reference("host grid", name)
+    test_rounding.test_the_bits_are_those_of_the_element("host grid", name)
 
 
 def test_a_form_without_directions():

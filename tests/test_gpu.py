@@ -67,7 +67,10 @@ def test_forms_of_sweeps_are_those_of_the_reference(gpu_backend, law, storage, f
     update = case.update
     if update is not None:
         update = replace(update, momenta=to_gpu(update.momenta))
-    arguments = case.arguments | {"dense": [to_gpu(vectors) for vectors in case.arguments["dense"]]}
+    arguments = case.arguments | {
+        "dense": [to_gpu(vectors) for vectors in case.arguments["dense"]],
+        "rows": to_gpu(case.arguments["rows"]),
+    }
     on_gpu = replace(
         case,
         params=to_gpu(case.params),

@@ -17,7 +17,7 @@ def flat_arguments(dtype, residual_dtype=None, law="gauss16"):
     numbers = ([0, 1], [0.1, 0.2], [0.5, 1.0], 2)
     return (
         *(params, residuals, slots, [], [], [], [], *numbers),
-        *([], [], [], False, -7, law, [3, 4], shards, [], [-1, -1]),
+        *([], [], [], False, -7, law, [3, 4], shards, [], [-1, -1], None),
     )
 
 
@@ -28,7 +28,7 @@ def flat_arguments_of_an_update(dtype):
     numbers = ([0, ~0, 1], [0.1, 0.2, 0.3], [], 2, [0.3, 0.1, 0.0], [0.9, 0.9], [-0.1, -0.2], True)
     shards = [0, 15, 15, 3, 9, 20]
     operands = (params, [], [-1, -1], masters, momenta, [], dense)
-    return (*operands, *numbers, 7, "gauss16", [3, 4], shards, [], [-1, -1])
+    return (*operands, *numbers, 7, "gauss16", [3, 4], shards, [], [-1, -1], None)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,16 @@ def test_perturb_passes_opcheck(dtype, residual):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_update_passes_opcheck(dtype):
     torch.library.opcheck(torch.ops.zokern.perturb_, flat_arguments_of_an_update(dtype))
+
+
+def test_a_sweep_into_outputs_passes_opcheck():
+    params = [torch.randn(5, 3).bfloat16(), torch.randn(2, 9).bfloat16()]
+    outs = [torch.empty_like(param) for param in params]
+    numbers = ([0], [0.1], [], 1, [], [], [], False, 7, "gauss16", [3, 4])
+    rows = ([torch.tensor([5, 1])], [-1, 0])
+    operands = (params, [], [-1, -1], [], [], outs, [])
+    arguments = (*operands, *numbers, [0, 15, 15, 3, 9, 20], *rows, 5)
+    torch.library.opcheck(torch.ops.zokern.perturb_, arguments)
 
 
 @pytest.mark.parametrize("law", zokern.noise.LAWS)
@@ -73,7 +83,7 @@ def test_it_compiles():
         operands = ([x], [], [-1], [], [], [], [])
         update = ([], [], [], False)
         torch.ops.zokern.perturb_(
-            *operands, [0], [1.0], [], 1, *update, 3, "gauss16", [0], [0, 6, 6], [], [-1]
+            *operands, [0], [1.0], [], 1, *update, 3, "gauss16", [0], [0, 6, 6], [], [-1], None
         )
         return x + 1
 
@@ -182,11 +192,11 @@ def test_wrong_arguments_are_refused_before_anything_is_written(arguments, error
 def test_the_operator_is_as_safe_as_its_door():
     plain = ([], [-1], [], [], [], [], [0], [1.0], [], 1, [], [], [], False, 3, "gauss16", [0])
     with pytest.raises(ValueError, match="shards"):
-        torch.ops.zokern.perturb_([torch.zeros(3)], *plain, [0, 6], [], [-1])
+        torch.ops.zokern.perturb_([torch.zeros(3)], *plain, [0, 6], [], [-1], None)
     with pytest.raises(ValueError, match="row_of must name each of the 1 rows once"):
-        torch.ops.zokern.perturb_([torch.zeros(3)], *plain, [0, 3, 3], [torch.zeros(1)], [-1])
+        torch.ops.zokern.perturb_([torch.zeros(3)], *plain, [0, 3, 3], [torch.zeros(1)], [-1], None)
     with pytest.raises(TypeError, match="dtype"):
-        torch.ops.zokern.perturb_([torch.zeros(3).int()], *plain, [0, 3, 3], [], [-1])
+        torch.ops.zokern.perturb_([torch.zeros(3).int()], *plain, [0, 3, 3], [], [-1], None)
 
 
 def test_the_choice_of_backend():

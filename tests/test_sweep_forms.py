@@ -14,7 +14,7 @@ from zokern import ops
 from zokern.backends.reference.storage import load
 
 # How each form of a sweep differs from a plain one: masters, outs, rows that somebody picked, the
-# number of dense directions, where rest lies, and the update.
+# number of dense directions, where rest lies, the update, and stochastic rounding.
 FORMS = {
     "dense": {"dense": 2},
     "master evaluates": {"masters": True, "rest": 0},
@@ -29,6 +29,8 @@ FORMS = {
     "outs, dense": {"outs": True, "dense": 1},
     "rows": {"rows": True, "outs": True},
     "rows, dense": {"rows": True, "outs": True, "dense": 1},
+    "rounding": {"rounding": True, "update": "momentum", "rest": 2, "dense": 1},
+    "rounding, outs": {"rounding": True, "rows": True, "outs": True},
 }
 
 
@@ -50,7 +52,9 @@ class Case:
         update = self.update
         if update is not None:
             update = replace(update, momenta=momenta)
-        outs = [torch.full(p.shape, 77, dtype=p.dtype) for p in params] if self.outs else None
+        outs = None
+        if self.outs:
+            outs = [torch.full(p.shape, 77, dtype=p.dtype, device=p.device) for p in params]
         operands = {"residuals": residuals, "masters": masters, "outs": outs, "update": update}
         ops.perturb_(params, **operands, **self.arguments)
         written = [*params, *residuals, *(masters or []), *(momenta or []), *(outs or [])]
@@ -73,9 +77,9 @@ def pick_rows(params: list[Tensor], shards: list, choose: random.Random) -> tupl
 def make_case(law: str, storage: str, form: dict, seed: object = 0) -> Case:
     choose = random.Random(f"{law}{storage}{form}{seed}")
     params, residuals, shards = make_operands(storage)
-    rows_ = None
+    picked = None
     if form.get("rows"):
-        shards, rows_ = pick_rows(params, shards, choose)
+        shards, picked = pick_rows(params, shards, choose)
     count = len(params)
     generator = torch.Generator().manual_seed(choose.getrandbits(32))
 
@@ -120,20 +124,37 @@ def make_case(law: str, storage: str, form: dict, seed: object = 0) -> Case:
         "law": law,
         "tensor_ids": [choose.getrandbits(56) for _ in params],
         "shards": shards,
-        "rows": rows_,
+        "rows": picked,
         "dense": dense,
         "rest": form.get("rest", 4),
+        "rounding": choose.getrandbits(32) if form.get("rounding") else None,
     }
     outs = form.get("outs", False)
     return Case(params, residuals, masters, momenta, outs, arguments, update)
 
 
+def has_form(storage: str, form: dict) -> bool:
+    """Not all that is kept can be rounded stochastically."""
+    kept = storage.partition("-")[0] if form.get("outs") else storage
+    return not form.get("rounding") or kept in ("bf16", "fp16", "bf16-split8")
+
+
 # The other laws differ in the noise alone.
-CASES = [("gauss16", storage, form) for storage in STORAGES for form in FORMS] + [
+CASES = [
+    ("gauss16", storage, name)
+    for storage in STORAGES
+    for name, form in FORMS.items()
+    if has_form(storage, form)
+] + [
     (law, storage, form)
     for law in DIRECTIONS
     if law != "gauss16"
-    for storage, form in (("fp32", "momentum"), ("bf16", "everything"), ("bf16", "rows"))
+    for storage, form in (
+        ("fp32", "momentum"),
+        ("bf16", "everything"),
+        ("bf16", "rows"),
+        ("bf16", "rounding"),
+    )
 ]
 
 
@@ -256,6 +277,13 @@ BAD_FORMS = {
         {"rows": [ROWS[:1]], "shards": [((8 << 32) - 3, 4, 4)]},
         ValueError,
         "gauss16 counts elements below",
+    ),
+    "rounding": ({"rounding": -1}, ValueError, "rounding must be at least 0"),
+    "rounding float32": ({"rounding": 0}, ValueError, r"params\[0\].*is rounded stochastically"),
+    "rounding and master": (
+        {"rounding": 0, "masters": [torch.zeros(4)]},
+        ValueError,
+        "with masters nothing is rounded stochastically",
     ),
     "outs": ({"outs": []}, ValueError, "outs has 0 entries for 1 params"),
     "out dtype": ({"outs": [torch.zeros(4).half()]}, TypeError, r"outs\[0\].*be torch.float32"),

@@ -82,7 +82,7 @@ COMPILED = [
     for name in (CASES | MORE_CASES if target in ONE_OF_EACH_MAKER else CASES)
 ]
 # Sweeps that are not plain, and inner products with vectors of a dtype.
-FORMS = ("master-evaluates", "momentum", "two-dense", "everything")
+FORMS = ("master-evaluates", "momentum", "two-dense", "everything", "rounding")
 PRODUCTS = ("fp32", "bf16")
 # What magnitudes are selected from, and what is launched for them.
 VALUES = ("plain", "rounded", "adam")
@@ -123,6 +123,7 @@ def sweep(case: Case, seed: int = 0, count: int = 1) -> Sweep:
         scales=[[case.scale] * case.k] * count,
         rest=case.k,
         update=None,
+        rounding=None,
         seed=seed,
         law=case.law,
     )
@@ -145,6 +146,7 @@ def sweep_of_form(form: str) -> Sweep:
         "momentum": {"update": replace(update, gradient=[[0.5]])},
         "two-dense": mixed,
         "everything": mixed | {"masters": [master], "update": update},
+        "rounding": mixed | {"rounding": 3},
     }[form]
     return replace(plain, **changes)
 

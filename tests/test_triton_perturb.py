@@ -173,6 +173,9 @@ FORMS = [
     ("fp16", "outs, dense"),
     ("bf16", "rows"),
     ("bf16_int8", "rows, dense"),
+    ("fp16", "rounding"),
+    ("bf16_int8", "rounding"),
+    ("bf16_int16", "rounding, outs"),
 ]
 
 
@@ -187,6 +190,25 @@ def test_every_form(small_blocks, monkeypatch, name, form):
         wanted = case.run()
     for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
         assert same_bits(a, b), f"operand {i}"
+
+
+@pytest.mark.parametrize("dense", [0, 1])
+def test_picked_rows_in_whole_tiles(small_blocks, dense):
+    param = torch.randn(40, 32, device=DEVICE).bfloat16()
+    rows, shard = torch.randint(1000, (40,), device=DEVICE), Shard(8, 32, 40)
+    assert tiles.place_of((param,), shard, 0, picked=True).unmasked == param.numel() // 8
+    arguments = {"dense": [[torch.randn_like(param)]] * dense, "shards": [shard], "rows": [rows]}
+    results = []
+    for backend in ("triton", "reference"):
+        moved, out = param.clone(), torch.empty_like(param)
+        with zokern.use_backend(backend):
+            ops.perturb_([moved], [5, *[~0] * dense], [0.1] * (1 + dense), seed=1, **arguments)
+            ops.perturb_(
+                [param], [5, *[~0] * dense], [0.1] * (1 + dense), seed=1, outs=[out], **arguments
+            )
+        assert same_bits(out, moved)
+        results.append(out)
+    assert same_bits(*results)
 
 
 def test_an_update_steps_by_the_sign_of_numbers_alone(small_blocks):

@@ -33,6 +33,7 @@ class Sweep:
         rest: int,
         sign: bool,
         gradient: list[float],
+        rounding: int,
         plain: bool,
     ) -> None: ...
 

@@ -19,6 +19,8 @@ RESIDUAL_DTYPES = {
     torch.float16: (torch.float16,),
 }
 
+# Parameters and residuals that values are rounded to stochastically.
+ROUNDED_DTYPES = ((torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, torch.int8))
 
 # Dense directions that a kernel takes.
 MAX_DENSE = 2
@@ -42,6 +44,8 @@ def check_operand(sweep: Sweep, i: int) -> None:
             raise ValueError(f"it is on {param.device}, params[0] on {sweep.params[0].device}")
         rows = sweep.rows[i]
         check_shard(param, sweep.shards[i], sweep.law, picked=rows is not None)
+        if sweep.rounding is not None:
+            _check_rounding(sweep, i)
         if rows is not None:
             argument, tensor = "rows", rows
             _check_rows(param, rows, sweep.shards[i])
@@ -73,6 +77,8 @@ def check_form(sweep: Sweep) -> None:
         raise ValueError("an update moves the place of rest: rest must be at least 1")
     if sweep.outs is not None and (sweep.masters is not None or sweep.update is not None):
         raise ValueError("a sweep into outs leaves all else alone: no masters and no update")
+    if sweep.rounding is not None and sweep.masters is not None:
+        raise ValueError("with masters nothing is rounded stochastically: rounding must be None")
     if len(sweep.dense) > MAX_DENSE:
         raise ValueError(f"a sweep takes {MAX_DENSE} dense directions, not {len(sweep.dense)}")
 
@@ -191,6 +197,17 @@ def check_float32_beside(param: Tensor, tensor: Tensor) -> None:
     if tensor.dtype != torch.float32:
         raise TypeError("its dtype must be float32")
     check_beside(param, tensor)
+
+
+def _check_rounding(sweep: Sweep, i: int) -> None:
+    param, residual = sweep.params[i], sweep.residuals[i]
+    kept = None if residual is None or sweep.outs is not None else residual.dtype
+    if (param.dtype, kept) not in ROUNDED_DTYPES:
+        raise ValueError(
+            "what is rounded stochastically is bfloat16 or float16 alone, or bfloat16 with an int8 "
+            "residual: rounding must be None"
+        )
+    check_shard(param, sweep.shards[i], "rounding16", picked=sweep.rows[i] is not None)
 
 
 def _check_rows(param: Tensor, rows: Tensor, shard: Shard) -> None:

@@ -55,6 +55,7 @@ class Sweep:
     there the update is added and the master, where there is one, is written. θ is read from the
     master, else from the parameter and its residual, and written to the parameter at the end; with
     ``outs`` it is written there, rounded to their dtype, and what it is read from stays as it is.
+    It is rounded to nearest or, where ``rounding`` is a draw of rounding16, stochastically by that.
 
     All tensors are on one device and have passed the checks of :mod:`zokern.ops`. Coefficients and
     scales are float32 values; each tensor has a row of them, and rows may be one shared object.
@@ -73,13 +74,15 @@ class Sweep:
     scales: Sequence[Sequence[float]]
     rest: int
     update: Update | None
+    rounding: int | None
     seed: int
     law: str
 
     @property
     def is_plain(self) -> bool:
-        """Whether it only moves parameters along noise."""
-        return self.masters is None and self.update is None and not self.dense
+        """Whether it only moves parameters along noise, and rounds them to nearest."""
+        moves = self.masters is None and self.update is None and not self.dense
+        return moves and self.rounding is None
 
     def written(self) -> Iterator[tuple[str, int, Tensor]]:
         """The operands that it writes: argument, position, tensor."""

@@ -56,7 +56,8 @@ void cpu_sweep(const Sweep& sweep, const std::string& capability, int threads) {
                               sweep.scales.data() + row,
                               sweep.updates ? sweep.gradient.data() + row : nullptr,
                               sweep.sign,
-                              sweep.plain};
+                              sweep.plain,
+                              sweep.rounding};
         kernels.sweep(d, tensor, begin, end);
     });
 }

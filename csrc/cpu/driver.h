@@ -5,6 +5,7 @@
 //   steps<law>()      how many elements it takes at a time
 //   accumulate<law>   t ← fma(c, z, s t) over whole steps
 //   load_block, store_block<storage>
+//   round_values<storage>  values by random halves of words; goes on to the end of a vector
 //   store_words       the words of groups, a multiple of 16 of them
 //   keep_below        values whose words are below a limit, 0 for the others
 //   find_below        where words are below a limit
@@ -64,12 +65,36 @@ void zero(float* values, int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) values[j] = 0.0f;
 }
 
-// Puts elements [i, i + n) where the sweep leaves them.
+// Rounds at most kBlock values, from the full tensor's `element` on, if the sweep does so
+// stochastically.
 template <Storage storage>
-void finish_block(const SweepTensor& tensor, int64_t i, int64_t n, const float* values) {
-    if (tensor.out == nullptr) return store_block<storage>(tensor, i, n, values);
+void round_block(const Directions& d, uint64_t tensor_id, int64_t element, int64_t n,
+                 float* values) {
+    if constexpr (rounds(storage)) {
+        if (d.rounding < 0) return;
+        constexpr int64_t kGroup = 8, kGroupsAtOnce = 16;
+        uint32_t words[4 * (kBlock / kGroup + kGroupsAtOnce)];
+        const int64_t lead = element % kGroup;
+        const int64_t groups = (lead + n + kGroup - 1) / kGroup;
+        const Stream stream = make_stream(d.seed, tensor_id, uint32_t(d.rounding), Law::rounding16);
+        store_words(stream, uint32_t(element / kGroup),
+                    (groups + kGroupsAtOnce - 1) / kGroupsAtOnce * kGroupsAtOnce, words);
+        round_values<storage>(reinterpret_cast<const unsigned char*>(words) + 2 * lead, n, values);
+    }
+}
+
+// Puts elements [i, i + n), the first being `element` of the full tensor, where the sweep leaves
+// them.
+template <Storage storage>
+void finish_block(const Directions& d, const SweepTensor& tensor, int64_t i, int64_t n,
+                  int64_t element, float* values) {
+    if (tensor.out == nullptr) {
+        round_block<storage>(d, tensor.tensor_id, element, n, values);
+        return store_block<storage>(tensor, i, n, values);
+    }
     SweepTensor as_param{};
     as_param.param = tensor.out;
+    round_block<alone(storage)>(d, tensor.tensor_id, element, n, values);
     store_block<alone(storage)>(as_param, i, n, values);
 }
 
@@ -143,7 +168,7 @@ void sweep_block(const Directions& d, const SweepTensor& tensor, int64_t i, int6
         memcpy(tensor.master + i, values, size_t(n) * sizeof(float));
     }
     for (int64_t k = d.rest; k < d.count; ++k) move_along(k, false);
-    finish_block<storage>(tensor, i, n, values);
+    finish_block<storage>(d, tensor, i, n, element, values);
 }
 
 // Local elements [i, i + n), which lie in one row, their first being `element` of the full tensor.
@@ -165,7 +190,7 @@ void move_run(const Directions& d, const SweepTensor& tensor, int64_t i, int64_t
             zero(buffer.t, lead + count, padded);
             load_block<storage>(tensor, i, count, buffer.t + lead);
             move<law>(d, tensor.tensor_id, element - lead, padded, buffer.t);
-            finish_block<storage>(tensor, i, count, buffer.t + lead);
+            finish_block<storage>(d, tensor, i, count, element, buffer.t + lead);
         }
         i += count;
         element += count;

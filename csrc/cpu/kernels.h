@@ -23,6 +23,7 @@ struct Directions {
     const float* scales;
     const float* gradient;  // or null: then the sweep does not update
     bool sign, plain;
+    int64_t rounding;  // see Sweep
 };
 
 // Counters of each bin of a histogram.

@@ -84,6 +84,12 @@ void load_block(const SweepTensor& tensor, int64_t i, int64_t n, float* t) {
 }
 
 template <Storage storage>
+void round_values(const unsigned char* random, int64_t n, float* values) {
+    for (int64_t j = 0; j < n; ++j)
+        values[j] = round_by<storage>(load_bits<2>(random + 2 * j), values[j]);
+}
+
+template <Storage storage>
 void store_block(const SweepTensor& tensor, int64_t i, int64_t n, const float* t) {
     constexpr int pb = param_bytes(storage), rb = residual_bytes(storage);
     unsigned char* param = static_cast<unsigned char*>(tensor.param) + i * pb;

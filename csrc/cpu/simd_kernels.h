@@ -265,6 +265,49 @@ I to_bf16_bits(I bits, Simd::Mask special) {
     return Simd::select(special, Simd::or_i(Simd::template shr<16>(bits), quiet), rounded);
 }
 
+// Of a number from 0 to 2^22: 2^23 rounds it, and where that was upwards it is one less.
+F floor(F positive) {
+    const F nearest = Simd::sub(Simd::add(positive, Simd::set(0x1p23f)), Simd::set(0x1p23f));
+    const auto above = Simd::less_signed(Simd::as_int(positive), Simd::as_int(nearest));
+    const I below = Simd::as_int(Simd::sub(nearest, Simd::set(1.0f)));
+    return Simd::as_float(Simd::select(above, below, Simd::as_int(nearest)));
+}
+
+// See round_by in storage.h.
+template <Storage storage>
+F round_by(I random, F value) {
+    const I bits = Simd::as_int(value), magnitude = Simd::and_i(bits, Simd::set_i(0x7FFFFFFFu));
+    const I power = Simd::and_i(bits, Simd::set_i(kInfinity));
+    if constexpr (storage == Storage::fp16) {
+        const I ulp = Simd::sub_i(Simd::max_signed(power, Simd::set_i(kFp16Smallest)),
+                                  Simd::set_i(kFp16Spacing));
+        const F inverse = Simd::as_float(Simd::sub_i(Simd::set_i(kTwiceOne), ulp));
+        const F quotient = Simd::mul(Simd::as_float(magnitude), inverse), n = floor(quotient);
+        const F chance = Simd::mul(Simd::sub(quotient, n), Simd::set(0x1p16f));
+        const auto up =
+            Simd::less_signed(Simd::as_int(Simd::to_float(random)), Simd::as_int(chance));
+        const I one = Simd::select(up, Simd::as_int(Simd::set(1.0f)), Simd::set_i(0));
+        const F rounded = Simd::mul(Simd::add(n, Simd::as_float(one)), Simd::as_float(ulp));
+        const I sign = Simd::and_i(bits, Simd::set_i(0x80000000u));
+        const auto ends = Simd::less_signed(magnitude, Simd::set_i(kFp16End));
+        return Simd::as_float(Simd::select(ends, Simd::or_i(Simd::as_int(rounded), sign), bits));
+    } else {
+        constexpr int dropped = storage == Storage::bf16 ? 16 : 8;
+        const I sum = Simd::add_i(bits, Simd::template shr<16 - dropped>(random));
+        const I rounded = Simd::and_i(sum, Simd::set_i(~0u << dropped));
+        const auto special = Simd::equal(power, Simd::set_i(kInfinity));
+        return Simd::as_float(Simd::select(special, bits, rounded));
+    }
+}
+
+template <Storage storage>
+void round_values(const unsigned char* random, int64_t n, float* values) {
+    for (int64_t j = 0; j < n; j += Simd::kWidth) {
+        const I halves = Simd::load_u16(random + 2 * j);
+        Simd::store(values + j, round_by<storage>(halves, Simd::load(values + j)));
+    }
+}
+
 template <Storage storage>
 void store_vector(unsigned char* param, unsigned char* residual, F value) {
     if constexpr (storage == Storage::fp32) {

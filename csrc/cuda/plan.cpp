@@ -113,6 +113,8 @@ void begin(const Sweep& sweep, UpdateBatch& batch) {
     batch.rest = uint32_t(sweep.rest);
     batch.updates = sweep.updates;
     batch.sign = sweep.sign;
+    batch.rounds = sweep.rounding >= 0;
+    batch.rounding = uint32_t(sweep.rounding);
 }
 
 void check_directions(size_t count) {

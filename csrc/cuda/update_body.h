@@ -1,5 +1,5 @@
-// The kernel of all other sweeps: along dense directions too, with masters and updates. The order
-// of its work is that of ../sweep.h.
+// The kernel of all other sweeps: along dense directions too, with masters, updates and stochastic
+// rounding. The order of its work is that of ../sweep.h.
 #pragma once
 
 #include "context.h"
@@ -53,6 +53,21 @@ ZK_FN void settle(const UpdateBatch& batch, const UpdateOperand& operand, const 
     }
 }
 
+// What a storage keeps, if the sweep rounds stochastically.
+template <Storage storage>
+ZK_FN void round_unit(const UpdateBatch& batch, const UpdateOperand& operand, const Unit& unit,
+                      float* t) {
+    if constexpr (rounds(storage)) {
+        if (!batch.rounds) return;
+        const uint32_t c2 = (operand.c2 & 0xFFFFFFu) | uint32_t(Law::rounding16) << 24;
+        const BatchStream stream = {batch.keys, operand.c1, c2, batch.rounding};
+        const Words words = group_words(stream, uint32_t(unit.octet_index));
+        ZK_UNROLL
+        for (int j = 0; j < 8; ++j)
+            t[j] = round_by<storage>((words.w[j / 2] >> (16 * (j % 2))) & 0xFFFFu, t[j]);
+    }
+}
+
 template <Law law, Storage storage, bool masters>
 ZK_FN void update_unit(const UpdateBatch& batch, const UpdateOperand& operand, uint64_t index) {
     const Unit unit = locate(operand, index, operand.picked);
@@ -74,6 +89,10 @@ ZK_FN void update_unit(const UpdateBatch& batch, const UpdateOperand& operand, u
         // Behind the place of rest u is of no more use, and may change.
         move_along(batch, operand.first_factor + k, z, t, u);
     }
+    if (operand.out == nullptr)
+        round_unit<storage>(batch, operand, unit, t);
+    else
+        round_unit<alone(storage)>(batch, operand, unit, t);
     finish_unit<storage>(operand, unit, t);
 }
 

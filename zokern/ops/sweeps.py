@@ -43,7 +43,8 @@ torch.library.define(
     "(Tensor(a!)[] params, Tensor(b!)[] residuals, int[] residual_of, Tensor(c!)[] masters,"
     " Tensor(d!)[] momenta, Tensor(e!)[] outs, Tensor[] dense, int[] draws, float[] coeffs,"
     " float[] scales, int rest, float[] gradient, float[] decays, float[] steps, bool sign,"
-    " int seed, str law, int[] tensor_ids, int[] shards, Tensor[] rows, int[] row_of) -> ()",
+    " int seed, str law, int[] tensor_ids, int[] shards, Tensor[] rows, int[] row_of,"
+    " int? rounding) -> ()",
 )
 torch.library.define(
     "zokern::inner_products",
@@ -72,6 +73,7 @@ def perturb_(
     dense: Sequence[Sequence[Tensor]] = (),
     rest: int | None = None,
     update: Update | None = None,
+    rounding: int | None = None,
 ) -> None:
     """Move a list of tensors along seeded random directions, in place or not, in one sweep.
 
@@ -90,6 +92,15 @@ def perturb_(
             t = scales[k] * t
             t = fma(coeffs[k], z_k, t)
         θ = t                                                # out = t where there are outs
+
+    With ``rounding``, up or down at the end, with a chance that makes it right on average, by
+    the 16 bits r that ``rounding16`` has for the element::
+
+        bfloat16:   bits of θ = (bits of t + r) >> 16        # t as it is if infinite or NaN
+        split8:     bits of t = (bits of t + (r >> 8)) & ~0xFF, then as without rounding
+        float16:    n = floor(|t| / ulp)                     # ulp = max(2^-24, 2^(e - 10))
+                    n = n + (r < (|t| / ulp - n) * 2^16)     # for 2^e <= |t| < 2^(e + 1)
+                    θ = ±n * ulp                             # to nearest where |t| >= 2^16
 
     The result is the same, bit for bit, on every backend and every device.
 
@@ -126,6 +137,8 @@ def perturb_(
             sign; its numbers may be one for all tensors. Plain SGD needs none: it is a matter of
             ``coeffs``. A momentum may itself be a dense direction before ``rest``, where it counts
             as it was before the sweep.
+        rounding: 0 ≤ rounding < 2^32, the draw whose bits round what is stored stochastically: half
+            precision alone (outs are), or bfloat16 with an int8 residual. To nearest by default.
 
     Raises:
         TypeError, ValueError: for an operand that cannot be swept in place or an argument out of
@@ -156,6 +169,7 @@ def perturb_(
     check_length("outs", params if out_list is None else out_list, count)
     rest = k if rest is None else integer("rest", rest, bits=32)
     update = None if update is None else _read_update(update, count, k)
+    rounding = None if rounding is None else integer("rounding", rounding, bits=32)
 
     def call(members: list[int]) -> tuple:
         momenta = None if update is None else update.momenta
@@ -179,6 +193,7 @@ def perturb_(
             pick(ids, members),
             [n for i in members for n in shard_list[i]],
             *packed(pick(row_list, members)),
+            rounding,
         )
 
     calls = [call(members) for members in by_device(params).values()]
@@ -346,6 +361,7 @@ def _sweep(
     shards: list[int],
     rows: list[Tensor],
     row_of: list[int],
+    rounding: int | None,
 ) -> Sweep:
     """The flat arguments of the schema as a Sweep, every operand checked but for its memory."""
     check_direction_law(law)
@@ -389,6 +405,7 @@ def _sweep(
         scales=unflatten("scales", scales or [1.0] * k, count, k),
         rest=rest,
         update=update,
+        rounding=None if rounding is None else integer("rounding", rounding, bits=32),
         seed=unsigned(seed),
         law=law,
     )

@@ -78,6 +78,7 @@ def pack(sweep: Sweep) -> _C.Sweep:
         rest=sweep.rest,
         sign=update is not None and update.sign,
         gradient=[] if update is None else flat[2],
+        rounding=-1 if sweep.rounding is None else sweep.rounding,
         plain=sweep.is_plain,
     )
 

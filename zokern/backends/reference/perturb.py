@@ -33,16 +33,14 @@ def _perturb_tensor(sweep: Sweep, i: int) -> None:
     def number(x: float) -> Tensor:
         return torch.tensor(x, dtype=torch.float32, device=param.device)
 
+    def noise(law: str, draw: int) -> Tensor:
+        key = {"seed": sweep.seed, "tensor_id": sweep.tensor_ids[i]}
+        return values_at(law, elements, draw=draw, **key)
+
     def direction(k: int) -> Tensor:
         if sweep.draws[k] < 0:
             return sweep.dense[~sweep.draws[k]][i].flatten().float()
-        return values_at(
-            sweep.law,
-            elements,
-            seed=sweep.seed,
-            draw=sweep.draws[k],
-            tensor_id=sweep.tensor_ids[i],
-        )
+        return noise(sweep.law, sweep.draws[k])
 
     def moved(value: Tensor, k: int, z: Tensor) -> Tensor:
         if sweep.scales[i][k] != 1:
@@ -70,8 +68,9 @@ def _perturb_tensor(sweep: Sweep, i: int) -> None:
         master.copy_(value.view(param.shape))
     for k in directions[sweep.rest :]:
         value = moved(value, k, direction(k))
-    value = value.view(param.shape)
-    if sweep.outs is None:
-        storage.store(value, param, residual)
-    else:
-        storage.store(value, sweep.outs[i], None)
+    if sweep.outs is not None:
+        param, residual = sweep.outs[i], None
+    if sweep.rounding is not None:
+        bits = noise("rounding16", sweep.rounding)
+        value = storage.round_by(bits, value, param.dtype, residual is not None)
+    storage.store(value.view(param.shape), param, residual)

@@ -58,6 +58,28 @@ def split(value: Tensor, param_dtype: torch.dtype, residual_dtype: torch.dtype |
     return param, residual.to(residual_dtype)
 
 
+def round_by(random: Tensor, value: Tensor, param_dtype: torch.dtype, split8: bool) -> Tensor:
+    """The value rounded stochastically, by 16 random bits, to one that is stored as it is.
+
+    The chance of rounding up is the fraction that is dropped. Infinities and NaN stay as they are.
+    """
+    if param_dtype == torch.float16:
+        return _round_float16_by(random, value)
+    dropped = 8 if split8 else 16
+    bits = _to_bits(value)
+    rounded = (bits + (random >> (16 - dropped)).int()) & (-1 << dropped)
+    return torch.where(torch.isfinite(value), _from_bits(rounded), value)
+
+
+def _round_float16_by(random: Tensor, value: Tensor) -> Tensor:
+    power = _from_bits(_to_bits(value) & INFINITY_BITS)
+    ulp = (power * 2.0**-10).clamp(min=2.0**-24)
+    quotient = value.abs() / ulp
+    n = quotient.floor()
+    n += random.float() < (quotient - n) * 2.0**16
+    return torch.where(value.abs() < 2.0**16, torch.copysign(n * ulp, value), value)
+
+
 def store(value: Tensor, param: Tensor, residual: Tensor | None) -> None:
     new_param, new_residual = split(
         value, param.dtype, None if residual is None else residual.dtype

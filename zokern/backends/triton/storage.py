@@ -111,6 +111,26 @@ def load_aligned(STORAGE: tl.constexpr, param, residual, octet, OCTETS: tl.const
 
 
 @triton.jit
+def round_by(STORAGE: tl.constexpr, random, value):
+    """The value rounded stochastically, by 16 random bits, to one that is stored as it is."""
+    bits = value.to(tl.uint32, bitcast=True)
+    if STORAGE == "fp16":
+        # Powers of two by their bits: the spacing, which is not below 2^-24, and its inverse.
+        ulp = tl.maximum(bits & 0x7F800000, 0x38800000) - (10 << 23)
+        quotient = tl.abs(value) * ((254 << 23) - ulp).to(tl.float32, bitcast=True)
+        n = tl.floor(quotient)
+        n += (random.to(tl.float32) < (quotient - n) * 2.0**16).to(tl.float32)
+        rounded = (n * ulp.to(tl.float32, bitcast=True)).to(tl.uint32, bitcast=True)
+        rounded |= bits & 0x80000000
+        kept = tl.abs(value) < 2.0**16
+    else:
+        DROPPED: tl.constexpr = 16 if STORAGE == "bf16" else 8
+        rounded = bits + (random >> (16 - DROPPED)) >> DROPPED << DROPPED
+        kept = tl.abs(value) < float("inf")
+    return tl.where(kept, rounded, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def store(STORAGE: tl.constexpr, param, residual, at, mask, value, ALIGNMENT: tl.constexpr):
     """Keep the values at these places behind the addresses, which are multiples of ALIGNMENT."""
     TYPES: tl.constexpr = _types(STORAGE)

@@ -1,4 +1,4 @@
-"""Sweeps that do more than move along noise: dense directions, masters, updates.
+"""Sweeps that do more than move along noise: dense directions, masters, updates, rounding.
 
 A launch is for all tensors of equal storage and equal dtypes of their dense directions. After what
 the table begins with (see :mod:`zokern.backends.triton.tiles`) it holds
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zokern.backends.triton.launch import INTERPRETED, OPTIONS, on, target
 from zokern.backends.triton.noise import fma, octet_values
-from zokern.backends.triton.storage import alone, load_tile, storage_of, store_tile
+from zokern.backends.triton.storage import alone, load_tile, round_by, storage_of, store_tile
 from zokern.backends.triton.tiles import (
     PLACE,
     Place,
@@ -91,11 +91,11 @@ def _moved(value, u, k, noise, dense, access, moves, LAW: tl.constexpr, ADDS: tl
 
 
 @triton.jit
-def _sweep_tile(columns, noise, access, moves, rest, directions, LAW: tl.constexpr,
+def _sweep_tile(columns, noise, access, moves, rest, directions, rounding, LAW: tl.constexpr,
                 STORAGE: tl.constexpr, OUT: tl.constexpr, MASTER: tl.constexpr,
                 UPDATE: tl.constexpr, MOMENTUM: tl.constexpr, SIGN: tl.constexpr,
-                DENSE0: tl.constexpr, DENSE1: tl.constexpr, OCTETS: tl.constexpr,
-                DP4A: tl.constexpr):  # fmt: skip
+                ROUNDS: tl.constexpr, DENSE0: tl.constexpr, DENSE1: tl.constexpr,
+                OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
     """Sweep the octets and the stream of ``noise``, accessed as in ``load_tile``."""
     param, residual, master, momentum, dense, out, decay, step = columns
     if MASTER:
@@ -122,13 +122,27 @@ def _sweep_tile(columns, noise, access, moves, rest, directions, LAW: tl.constex
     for k in range(rest, directions):
         value, u = _moved(value, u, k, noise, dense, access, moves,
                           LAW, False, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
+    if ROUNDS:
+        octet, stream = noise
+        random = octet_values("rounding16", octet, stream, rounding, DP4A)
+        value = round_by(STORAGE if OUT == "" else OUT, random, value)
     if OUT == "":
         store_tile(STORAGE, param, residual, access, value)
     else:
         store_tile(OUT, out, 0, access, value)
 
 
-@triton.jit(do_not_specialize=["tensors", "rest", "directions", "tiles", "seed_low", "seed_high"])
+@triton.jit(
+    do_not_specialize=[
+        "tensors",
+        "rest",
+        "directions",
+        "tiles",
+        "seed_low",
+        "seed_high",
+        "rounding",
+    ]
+)
 def update_kernel(
     table,
     tensors: tl.int32,
@@ -137,6 +151,7 @@ def update_kernel(
     tiles: tl.int32,
     seed_low: tl.uint32,
     seed_high: tl.uint32,
+    rounding: tl.uint32,
     LAW: tl.constexpr,
     STORAGE: tl.constexpr,
     OUT: tl.constexpr,
@@ -144,6 +159,7 @@ def update_kernel(
     UPDATE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     SIGN: tl.constexpr,
+    ROUNDS: tl.constexpr,
     DENSE0: tl.constexpr,
     DENSE1: tl.constexpr,
     ROWS: tl.constexpr,
@@ -174,13 +190,15 @@ def update_kernel(
         octet, _, _ = locate(origin, tile, shard, OCTETS, ROWS, picked)
         first = start + tile * OCTETS
         access = (first, first * 8 + tl.arange(0, OCTETS * 8), None)
-        _sweep_tile(columns, (octet, stream), access, moves, rest, directions, LAW, STORAGE,
-                    OUT, MASTER, UPDATE, MOMENTUM, SIGN, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
+        _sweep_tile(columns, (octet, stream), access, moves, rest, directions, rounding, LAW,
+                    STORAGE, OUT, MASTER, UPDATE, MOMENTUM, SIGN, ROUNDS, DENSE0, DENSE1, OCTETS,
+                    DP4A)  # fmt: skip
     for tile in range(unmasked_tiles, all_tiles):
         octet, row, column = locate(origin, tile, shard, OCTETS, ROWS, picked)
         at, mask = owned(row, column, shard, OCTETS)
-        _sweep_tile(columns, (octet, stream), (0, at, mask), moves, rest, directions, LAW, STORAGE,
-                    OUT, MASTER, UPDATE, MOMENTUM, SIGN, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
+        _sweep_tile(columns, (octet, stream), (0, at, mask), moves, rest, directions, rounding, LAW,
+                    STORAGE, OUT, MASTER, UPDATE, MOMENTUM, SIGN, ROUNDS, DENSE0, DENSE1, OCTETS,
+                    DP4A)  # fmt: skip
 
 
 def perturb_(sweep: Sweep) -> None:
@@ -219,6 +237,7 @@ def _launch(
         tiles,
         sweep.seed & 0xFFFFFFFF,
         sweep.seed >> 32,
+        sweep.rounding or 0,
         LAW=sweep.law,
         STORAGE=storage,
         OUT="" if sweep.outs is None else alone(storage),
@@ -226,6 +245,7 @@ def _launch(
         UPDATE=update is not None,
         MOMENTUM=update is not None and update.momenta is not None,
         SIGN=update is not None and update.sign,
+        ROUNDS=sweep.rounding is not None,
         DENSE0=dense0,
         DENSE1=dense1,
         ROWS=rows,
