@@ -25,11 +25,16 @@ def value_of(optimizer: zokern.ZOOptimizer, weight: nn.Parameter) -> torch.Tenso
     return bits.view(torch.float32)
 
 
-def gain_and_drift(precision: str, update: float, steps: int, numel: int) -> tuple[float, float]:
-    """Of updates of a size on bfloat16 weights of scale 0.02, at ε = 1e-3."""
+def gain_and_drift(
+    update: float, steps: int, numel: int, dtype: torch.dtype = torch.bfloat16, **arguments
+) -> tuple[float, float]:
+    """Of updates of a size on weights of scale 0.02, at ε = 1e-3."""
     generator = torch.Generator().manual_seed(0)
-    weight = nn.Parameter((torch.randn(numel, generator=generator) * 0.02).bfloat16())
-    optimizer = zokern.MeZO([("w", weight)], lr=update, eps=1e-3, seed=1, precision=precision)
+    weight = nn.Parameter((torch.randn(numel, generator=generator) * 0.02).to(dtype))
+    module = nn.ParameterDict({"w": weight})
+    optimizer = zokern.MeZO(
+        module.named_parameters(), lr=update, eps=1e-3, seed=1, module=module, **arguments
+    )
     start = weight.detach().double()
     for _ in range(steps):
         list(optimizer.ask())
@@ -44,18 +49,89 @@ def gain_and_drift(precision: str, update: float, steps: int, numel: int) -> tup
     return gain, ((applied - gain * intended).norm() / intended.norm()).item()
 
 
+SPLIT8 = {"precision": "split8"}
+
+
 @pytest.mark.parametrize(
-    ("precision", "drift_bound"), [("split", 0.01), ("master", 0.01), ("split8", 0.35)]
+    ("arguments", "update", "gain_bound", "drift_bound"),
+    [
+        ({"precision": "split"}, 1e-6, 0.02, 0.01),
+        ({"precision": "master"}, 1e-6, 0.02, 0.01),
+        ({**SPLIT8, "stochastic_rounding": False}, 1e-6, 0.02, 0.35),
+        (SPLIT8, 1e-6, 0.02, 0.5),
+        ({**SPLIT8, "layerwise": True}, 1e-6, 0.02, 0.2),
+        ({**SPLIT8, "layerwise": True}, 1e-5, 0.02, 0.02),
+        ({}, 1e-6, 0.1, 10.0),
+        ({}, 1e-5, 0.03, 3.0),
+    ],
+    ids=str,
 )
-def test_small_updates_arrive_in_bf16(precision, drift_bound):
-    gain, drift = gain_and_drift(precision, 1e-6, 1000, 1 << 16)
-    assert abs(gain - 1) <= 0.02
+def test_small_updates_arrive_in_bf16(arguments, update, gain_bound, drift_bound):
+    gain, drift = gain_and_drift(update, 1000, 1 << 16, **arguments)
+    assert abs(gain - 1) <= gain_bound
     assert drift <= drift_bound
+
+
+def test_small_updates_arrive_in_fp16():
+    gain, drift = gain_and_drift(1e-6, 1000, 1 << 16, torch.float16)
+    assert abs(gain - 1) <= 0.05
+    assert drift <= 5
+
+
+def test_without_stochastic_rounding_they_are_lost():
+    gain, _ = gain_and_drift(1e-6, 300, 1 << 16, layerwise=True, stochastic_rounding=False)
+    assert abs(gain) < 0.05
 
 
 def test_in_place_bf16_drifts():
     """What the other precisions are for."""
-    assert gain_and_drift("inplace", 1e-6, 300, 1 << 16)[1] > 10
+    assert gain_and_drift(1e-6, 300, 1 << 16, precision="inplace", layerwise=False)[1] > 10
+
+
+def test_stochastic_rounding_goes_on_from_a_checkpoint():
+    model = make_model(torch.bfloat16)
+    optimizer = zokern.MeZO(model.named_parameters(), 0.01, seed=1, module=model)
+    optimizer.step(loss_of(model))
+    other = copy.deepcopy(model)
+    resumed = zokern.MeZO(other.named_parameters(), 0.01, module=other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert resumed.run["roundings"] == 1
+    for _ in range(2):
+        optimizer.step(loss_of(model))
+        resumed.step(loss_of(other))
+    assert same(weights(model), weights(other))
+
+
+def test_a_model_of_several_dtypes_rounds_those_in_half_precision():
+    model = nn.Sequential(nn.Linear(10, 16).bfloat16(), nn.Linear(16, 4))
+    optimizer = zokern.MeZO(model.named_parameters(), 0.01, seed=1, module=model)
+    x = torch.randn(8, 10).bfloat16()
+    for _ in range(3):
+        optimizer.step(lambda: model[1](model[0](x).float()).square().mean())
+    assert optimizer.run["stochastic_rounding"]
+
+
+@pytest.mark.parametrize("precision", ["split", "master", "auto"])
+def test_stochastic_rounding_is_refused_where_nothing_is_lost(precision):
+    model = make_model(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"stochastic_rounding=True is for .*'inplace'"):
+        zokern.MeZO(model.named_parameters(), 0.01, precision=precision, stochastic_rounding=True)
+
+
+@pytest.mark.parametrize("precision", ["inplace", "split", "split8", "master"])
+def test_the_probe_is_as_good_as_the_dtype(precision):
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter((torch.randn(1 << 16, generator=generator) * 0.02).bfloat16())
+
+    def make(eps: float, param: nn.Parameter = weight) -> zokern.MeZO:
+        return zokern.MeZO([("w", param)], 0.01, eps=eps, seed=1, precision=precision)
+
+    measured = [make(eps).probe_fidelity() for eps in (1e-3, 1e-4, 1e-5)]
+    assert measured == pytest.approx([0.9994, 0.95, 0.46], abs=0.01)
+    with pytest.warns(RuntimeWarning, match=r"eps=0.0001 rounded .* cosine of 0.9\d"):
+        make(1e-4).step(lambda: weight.float().sum())
+    if precision != "split8":
+        assert make(1e-4, nn.Parameter(weight.detach().float())).probe_fidelity() > 0.99999
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -142,7 +218,7 @@ def test_weights_that_are_loaded_are_not_overwritten(precision, fuse_next):
         other.named_parameters(), 0.01, seed=1, precision=precision, fuse_next=fuse_next
     )
     for group in twin.param_groups:
-        group.update(draws=3, step=3)
+        group.update(draws=3, step=3, roundings=optimizer.run["roundings"])
     for m, o in ((model, optimizer), (other, twin)):
         o.step(loss_of(m))
         o.flush()

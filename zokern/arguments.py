@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+K = TypeVar("K")
 # One row of numbers for all tensors, or a row for each.
 Numbers = Sequence[float] | Sequence[Sequence[float]] | Tensor
 
@@ -121,12 +122,17 @@ def unpacked(
     return [None if place < 0 else present[place] for place in places]
 
 
+def positions(keys: Iterable[K]) -> dict[K, list[int]]:
+    """Where each key is."""
+    places: dict[K, list[int]] = {}
+    for i, key in enumerate(keys):
+        places.setdefault(key, []).append(i)
+    return places
+
+
 def by_device(tensors: list[Tensor]) -> dict[torch.device, list[int]]:
     """The positions of the tensors of each device."""
-    members: dict[torch.device, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        members.setdefault(tensor.device, []).append(i)
-    return members
+    return positions(tensor.device for tensor in tensors)
 
 
 def check_flat(count: int, **arguments: tuple[Sequence, int]) -> None:

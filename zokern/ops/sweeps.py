@@ -19,6 +19,7 @@ from zokern.arguments import (
     number_rows,
     packed,
     pick,
+    positions,
     signed,
     tensor_list,
     unflatten,
@@ -138,7 +139,8 @@ def perturb_(
             ``coeffs``. A momentum may itself be a dense direction before ``rest``, where it counts
             as it was before the sweep.
         rounding: 0 ≤ rounding < 2^32, the draw whose bits round what is stored stochastically: half
-            precision alone (outs are), or bfloat16 with an int8 residual. To nearest by default.
+            precision alone (outs are), or bfloat16 with an int8 residual; float32 tensors among
+            them are stored as they are. To nearest by default.
 
     Raises:
         TypeError, ValueError: for an operand that cannot be swept in place or an argument out of
@@ -171,7 +173,7 @@ def perturb_(
     update = None if update is None else _read_update(update, count, k)
     rounding = None if rounding is None else integer("rounding", rounding, bits=32)
 
-    def call(members: list[int]) -> tuple:
+    def call(members: list[int], own_rounding: int | None) -> tuple:
         momenta = None if update is None else update.momenta
         return (
             pick(params, members),
@@ -193,10 +195,14 @@ def perturb_(
             pick(ids, members),
             [n for i in members for n in shard_list[i]],
             *packed(pick(row_list, members)),
-            rounding,
+            own_rounding,
         )
 
-    calls = [call(members) for members in by_device(params).values()]
+    # An operator's call rounds all of its tensors or none.
+    exact = [param.dtype == torch.float32 for param in params]
+    roundings = [None if one and not all(exact) else rounding for one in exact]
+    kinds = positions(zip([param.device for param in params], roundings, strict=True))
+    calls = [call(members, own_rounding) for (_, own_rounding), members in kinds.items()]
     if len(calls) > 1:
         for arguments in calls:
             check_memory(_sweep(*arguments))

@@ -9,11 +9,13 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from zokern.optim.displacement import Coefficients, Displacement
+from zokern.optim.displacement import Coefficients, Displacement, Member
 from zokern.optim.interrupts import uninterrupted
+from zokern.optim.layerwise import LayerwiseDisplacement
 from zokern.optim.losses import EqualLosses, Loss, as_float
 from zokern.optim.parameters import named
-from zokern.optim.precision import log_memory
+from zokern.optim.precision import choose, log_memory
+from zokern.optim.probe import SAMPLE, fidelity
 from zokern.optim.randomness import RandomState
 from zokern.optim.recording import Recorder
 from zokern.optim.rules import float32
@@ -22,6 +24,9 @@ from zokern.optim.state import ZOState
 from zokern.optim.steps import Estimate, Method, Move, OpenStep, StepResult
 from zokern.optim.versions import Versions
 from zokern.trajectory import Trajectory
+
+# Below this the rounded probe is warned about.
+LEAST_FIDELITY = 0.99
 
 
 class CommonArguments(TypedDict, total=False):
@@ -34,6 +39,8 @@ class CommonArguments(TypedDict, total=False):
     seed: int | None
     law: str
     precision: str
+    layerwise: bool | None
+    stochastic_rounding: bool | None
     fuse_next: bool
     maximize: bool
     common_random_numbers: bool
@@ -61,6 +68,8 @@ class ZOOptimizer(ZOState):
         seed: int | None = None,
         law: str = "gauss16",
         precision: str = "auto",
+        layerwise: bool | None = None,
+        stochastic_rounding: bool | None = None,
         fuse_next: bool = False,
         maximize: bool = False,
         common_random_numbers: bool = True,
@@ -71,7 +80,12 @@ class ZOOptimizer(ZOState):
         if module is not None and not isinstance(module, nn.Module):
             raise TypeError(f"module must be an nn.Module, not {type(module).__name__}")
         self.last: StepResult | None = None
+        choice = choose(
+            precision, layerwise, stochastic_rounding, module=module, fuse_next=bool(fuse_next)
+        )
         self._displacement = Displacement()
+        if choice.layerwise and module is not None:
+            self._displacement = LayerwiseDisplacement(module)
         self._versions = Versions()
         self._open: OpenStep | None = None
         self._recorder = Recorder(trajectory)
@@ -83,7 +97,8 @@ class ZOOptimizer(ZOState):
                 samples=samples,
                 seed=seed,
                 law=law,
-                precision=precision,
+                precision=choice.precision,
+                stochastic_rounding=choice.stochastic_rounding,
                 fuse_next=fuse_next,
                 sign=sign,
                 common_random_numbers=common_random_numbers,
@@ -102,7 +117,12 @@ class ZOOptimizer(ZOState):
         super().__init__(params, defaults)
         held = [tensor for state in self.state.values() for tensor in state.values()]
         params = [param for _, param in named(self.param_groups)]
-        log_memory(type(self).__name__, precision, params, held)
+        if stochastic_rounding and all(param.dtype == torch.float32 for param in params):
+            raise ValueError(
+                "stochastic_rounding=True is for weights in half precision; float32 is stored as "
+                "it is computed"
+            )
+        log_memory(type(self).__name__, str(choice), params, held)
         if module is not None and fuse_next:
             module.register_state_dict_pre_hook(_FlushBefore(self))
 
@@ -173,9 +193,46 @@ class ZOOptimizer(ZOState):
             self._rest()
             self._displacement.members = members
             self._recorder.detach()
+            self._warn_of_a_lost_probe(members)
         with uninterrupted():
             self._recorder.attach(self)
         return self._new_step()
+
+    def probe_fidelity(self) -> float:
+        """The cosine between the perturbation that the forward pass sees and the intended ε·z.
+
+        1 is right. In half precision the point θ + ε·z is rounded before it is evaluated: for
+        bfloat16 weights of scale 0.02 the cosine is 0.9994 at ε = 1e-3, 0.95 at 1e-4 and 0.46 at
+        1e-5, where most weights do not move at all. Measured on the weights as they are, for the
+        next direction, over all parameters that are not frozen; below 0.99 a step warns once.
+        """
+        self._refuse_in_closure()
+        self.flush()
+        return self._fidelity(None)
+
+    def _fidelity(self, elements: int | None) -> float:
+        run = self.run
+        return fidelity(
+            self._members(),
+            run["eps"],
+            seed=run["seed"],
+            draw=run["draws"],
+            law=run["law"],
+            elements=elements,
+        )
+
+    def _warn_of_a_lost_probe(self, members: list[Member]) -> None:
+        if "fidelity" in self._warned or all(m.param.dtype == torch.float32 for m in members):
+            return
+        seen = self._fidelity(SAMPLE)
+        if seen < LEAST_FIDELITY:
+            self._warn_once(
+                "fidelity",
+                f"{type(self).__name__}: the forward pass sees perturbations of eps="
+                f"{self.run['eps']:g} rounded to half precision, with a cosine of {seen:.2f} to "
+                "the intended ones: take a larger eps (probe_fidelity() measures it)",
+            )
+        self._warned.add("fidelity")
 
     def _new_step(self) -> OpenStep:
         return OpenStep(self._method, self.run["draws"])

@@ -4,7 +4,7 @@ Restoring, moving to the next point and applying an update are the same operatio
 coefficients. That is why a step of E evaluations needs E + 1 sweeps, and E with ``fuse_next``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,6 +22,11 @@ Coefficients = dict[int, float]
 # For each member the coefficients (of the draw's noise, of each of its dense tensors) that make up
 # a draw's direction.
 Expansion = list[tuple[float, ...]]
+Rounding = Callable[[], int | None]
+
+
+def never() -> None:
+    """The draw of sweeps that round to nearest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,15 +100,34 @@ class Displacement:
     def at_rest(self) -> bool:
         return not self.coefficients
 
-    def move(self, target: Coefficients, *, seed: int, law: str, step: Step | None = None) -> None:
-        """Go to ``target`` in one sweep, with a step of the place of rest on the way."""
+    def fresh(self) -> "Displacement":
+        """Another one, of weights that nobody has moved yet."""
+        return Displacement()
+
+    def check(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
+        """Raises ValueError if it could not displace these parameters."""
+
+    def move(
+        self,
+        target: Coefficients,
+        *,
+        seed: int,
+        law: str,
+        step: Step | None = None,
+        rounding: Rounding = never,
+    ) -> None:
+        """Go to ``target`` in one sweep, with a step of the place of rest on the way.
+
+        ``rounding`` gives the draw of a sweep that rounds stochastically, None for one that does
+        not.
+        """
         with uninterrupted():
             if not self.at_rest and self._noise != (seed, law):
                 # Somebody has changed them in the meantime.
-                self._sweep({}, None, *self._noise)
+                self._sweep({}, None, *self._noise, rounding)
                 self.coefficients = {}
             if step is not None or target != self.coefficients:
-                self._sweep(target, step, seed, law)
+                self._sweep(target, step, seed, law, rounding)
             self.coefficients = {draw: c for draw, c in target.items() if c != 0.0}
             self._noise = (seed, law)
 
@@ -156,7 +180,9 @@ class Displacement:
                 by_group[id(member.group)] = row(i)
         return [by_group[id(member.group)] for member in self.members]
 
-    def _sweep(self, target: Coefficients, step: Step | None, seed: int, law: str) -> None:
+    def _sweep(
+        self, target: Coefficients, step: Step | None, seed: int, law: str, rounding: Rounding
+    ) -> None:
         groups = {id(member.group): member.group for member in self.members}
         rules = {key: Rule() if step is None else step.rule(g) for key, g in groups.items()}
         route = self._route(target, step, list(rules.values()))
@@ -199,6 +225,7 @@ class Displacement:
             dense=list(zip(*(m.dense for m in members), strict=True)) if has_slots else (),
             rest=len(before),
             update=update,
+            rounding=rounding(),
         )
         # A cast that autocast has kept would show the forward pass the weights of before.
         torch.clear_autocast_cache()

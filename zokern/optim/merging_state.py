@@ -57,7 +57,8 @@ class MergingState(Optimizer):
             self._take_names(param_name_map)
         moving = [param for _, param in named(self.param_groups) if param.requires_grad]
         values = [self.state[p][key] for p in moving for key in VALUE_KEYS if key in self.state[p]]
-        log_memory(type(self).__name__, self.run["precision"], moving, values)
+        how = f"precision={self.run['precision']!r}"
+        log_memory(type(self).__name__, how, moving, values)
 
     def _begin(self) -> None:
         """What is no part of the state."""

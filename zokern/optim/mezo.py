@@ -33,17 +33,25 @@ class MeZO(ZOOptimizer):
         samples: q, directions a step.
         seed: of the run, below 2^64; None takes one from torch's generator.
         law: ``gauss16``, ``gauss32``, ``rademacher`` or ``normal``; see :mod:`zokern.noise`.
-        precision: how weights are kept. ``inplace``: the parameter alone; half precision loses
-            updates below half an ulp. ``split8``: 1 byte more (bfloat16 only). ``split``: 2 bytes
-            more, as exact as float32. ``master``: a float32 master, 4 bytes more; evaluations write
-            only the parameter, so the weights come back bit for bit. ``auto``: ``split`` for half
-            precision, ``inplace`` for float32, which has no residual.
+        precision: how weights are kept. ``inplace``: the parameter alone; without stochastic
+            rounding half precision loses updates below half an ulp. ``split8``: 1 byte more
+            (bfloat16 only). ``split``: 2 bytes more, as exact as float32. ``master``: a float32
+            master, 4 bytes more; evaluations write only the parameter, so the weights come back bit
+            for bit. ``auto``: ``inplace`` for float32, which has no residual; for half precision
+            ``inplace``, layerwise and with stochastic rounding, where ``module`` is given (and
+            ``fuse_next`` is not), else ``split``. The logger ``zokern`` says what it is.
+        layerwise: evaluate without a change to the weights: each layer of ``module`` reads its
+            perturbed parameters from a buffer as large as the largest layer. The weights come back
+            bit for bit at no byte per parameter; see docs/layerwise.md. None: as ``auto`` says.
+        stochastic_rounding: round what is stored up or down at random, so that it is right on
+            average: for ``inplace`` and ``split8`` in half precision. None: with ``split8``, and
+            with ``layerwise`` where the parameter is all there is.
         fuse_next: merge the update with the first move of the next step. The weights then stand
             displaced between steps; :meth:`flush` brings them to rest.
         maximize: maximize the loss.
         common_random_numbers: evaluate all points of a step under the same state of torch's random
             generators; see :meth:`step`.
-        module: whose ``state_dict`` flushes first.
+        module: the module that is trained, for ``layerwise``; its ``state_dict`` flushes first.
         trajectory: a :class:`zokern.Trajectory` that records each step.
 
     Example::

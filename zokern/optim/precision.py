@@ -1,9 +1,10 @@
 """How an optimizer keeps its parameters' values: the bytes that each precision adds."""
 
 import logging
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PRECISIONS = ("auto", "inplace", "split8", "split", "master")
 
@@ -30,6 +31,62 @@ def resolve(precision: str, dtype: torch.dtype) -> str:
     return "split" if precision == "auto" else precision
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What an optimizer makes of ``precision``, ``layerwise`` and ``stochastic_rounding``."""
+
+    precision: str
+    layerwise: bool
+    stochastic_rounding: bool
+
+    def __str__(self) -> str:
+        parts = [f"precision={self.precision!r}"]
+        if self.layerwise:
+            parts.append("layerwise (a buffer for one layer while it is evaluated)")
+        if self.stochastic_rounding:
+            parts.append("stochastic rounding")
+        return ", ".join(parts)
+
+
+def choose(
+    precision: str,
+    layerwise: bool | None,
+    stochastic_rounding: bool | None,
+    *,
+    module: nn.Module | None,
+    fuse_next: bool,
+) -> Choice:
+    """The defaults: for half precision the cheapest that neither loses nor drifts.
+
+    Raises:
+        ValueError: for what does not go together.
+    """
+    dtypes = () if module is None else {param.dtype for param in module.parameters()}
+    halves = [dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)]
+    if layerwise is None:
+        layerwise = precision == "auto" and bool(halves) and not fuse_next
+    if layerwise and module is None:
+        raise ValueError("layerwise=True needs module=, whose layers it evaluates one by one")
+    if layerwise and fuse_next:
+        raise ValueError("layerwise=True leaves the weights at rest: fuse_next has nothing to fuse")
+    if layerwise and precision == "master":
+        raise ValueError(
+            "with precision='master' evaluations leave the weights at rest already: layerwise=True "
+            "is for inplace, split8 and split"
+        )
+    if precision == "auto" and layerwise:
+        precision = "inplace"
+    if stochastic_rounding is None:
+        in_place = layerwise and precision == "inplace" and bool(halves)
+        stochastic_rounding = in_place or precision == "split8"
+    if stochastic_rounding and precision not in ("inplace", "split8"):
+        raise ValueError(
+            "stochastic_rounding=True is for precision 'inplace' and 'split8' in half precision; "
+            f"{precision!r} loses nothing that it could keep"
+        )
+    return Choice(precision, bool(layerwise), bool(stochastic_rounding))
+
+
 def new_value_state(param: Tensor, storage: str) -> dict[str, Tensor]:
     """What keeps the value beside a parameter that is, so far, exactly that value."""
     param = param.detach()
@@ -43,14 +100,14 @@ def new_value_state(param: Tensor, storage: str) -> dict[str, Tensor]:
     return {"residual": torch.zeros_like(param, dtype=dtype)}
 
 
-def log_memory(owner: str, precision: str, params: list[Tensor], state: list[Tensor]) -> None:
+def log_memory(owner: str, how: str, params: list[Tensor], state: list[Tensor]) -> None:
     """One line that says what the choice of precision costs."""
     numel = sum(param.numel() for param in params)
     extra = sum(tensor.numel() * tensor.element_size() for tensor in state)
     per_param = extra / numel if numel else 0.0
     logger.info(
-        "%s: precision=%r adds %.2f bytes per parameter (%.1f MB for %d parameters)",
-        *(owner, precision, per_param, extra / 1e6, numel),
+        "%s: %s adds %.2f bytes per parameter (%.1f MB for %d parameters)",
+        *(owner, how, per_param, extra / 1e6, numel),
     )
 
 

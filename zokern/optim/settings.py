@@ -10,10 +10,12 @@ from zokern.optim.parameters import is_number
 from zokern.optim.precision import PRECISIONS
 
 SETTINGS = (
-    *("eps", "samples", "seed", "law", "precision", "fuse_next", "sign"),
+    *("eps", "samples", "seed", "law", "precision", "stochastic_rounding", "fuse_next", "sign"),
     "common_random_numbers",
 )
 COUNTERS = ("step", "draws", "skipped")
+# How many sweeps have rounded stochastically: the draw of the next one's bits.
+ROUNDINGS = "roundings"
 
 # eps is used in float32, where smaller and larger ones become 0 and infinity.
 MIN_EPS, MAX_EPS = 2.0**-126, 2.0**126
@@ -26,6 +28,7 @@ def run_settings(
     seed: int | None,
     law: str,
     precision: str,
+    stochastic_rounding: bool,
     fuse_next: bool,
     sign: bool,
     common_random_numbers: bool,
@@ -48,10 +51,11 @@ def run_settings(
         "seed": run_seed(seed),
         "law": law,
         "precision": precision,
+        "stochastic_rounding": bool(stochastic_rounding),
         "fuse_next": bool(fuse_next),
         "sign": bool(sign),
         "common_random_numbers": bool(common_random_numbers),
-        **dict.fromkeys(COUNTERS, 0),
+        **dict.fromkeys((*COUNTERS, ROUNDINGS), 0),
     }
 
 

@@ -19,7 +19,7 @@ from zokern.optim.parameters import (
 from zokern.optim.precision import VALUE_KEYS, new_value_state, resolve, same_bits
 from zokern.optim.recording import Recorder
 from zokern.optim.rules import Rule, rule_of
-from zokern.optim.settings import SETTINGS, run_settings
+from zokern.optim.settings import ROUNDINGS, SETTINGS, run_settings
 from zokern.optim.steps import OpenStep, StepResult
 from zokern.optim.versions import Versions
 
@@ -64,14 +64,24 @@ class ZOState(Optimizer):
 
     def _move(self, target: Coefficients, gradient: Coefficients | None = None) -> None:
         step = None if gradient is None else self._as_step(gradient)
-        displacement = self._displacement
+        displacement, run = self._displacement, self.run
         if self.DENSE:
             wanted = {*target, *displacement.coefficients, *(gradient or {})}
             for draw in wanted - displacement.expansions.keys():
                 displacement.expansions[draw] = self._expand(draw, displacement.members)
         with uninterrupted():
-            displacement.move(target, seed=self.run["seed"], law=self.run["law"], step=step)
+            displacement.move(
+                target, seed=run["seed"], law=run["law"], step=step, rounding=self._rounding
+            )
             self._versions.note(member.param for member in displacement.members)
+
+    def _rounding(self) -> int | None:
+        """The draw of a sweep's stochastic rounding."""
+        if not self.run["stochastic_rounding"]:
+            return None
+        number = self.run[ROUNDINGS]
+        self._update_run(**{ROUNDINGS: number + 1})
+        return number
 
     def flush(self) -> None:
         """Bring the weights to rest, dropping a step that is open.
@@ -144,6 +154,7 @@ class ZOState(Optimizer):
 
     def _check_last_group(self, precision: str) -> None:
         check_last_group(self.param_groups, precision, type(self).__name__)
+        self._displacement.check(named(self.param_groups[-1:]))
 
     def _own_state(self, param: Tensor) -> dict[str, Tensor]:
         """What is kept beside a parameter that moves, made when it is first wanted."""
@@ -201,7 +212,7 @@ class ZOState(Optimizer):
         self._drop_step()
         self._rest_untouched()
         self._recorder.detach()
-        self._displacement = Displacement()
+        self._displacement = self._displacement.fresh()
         for _, param in named(self.param_groups):
             state = self.state[param]
             if "master" in state:
@@ -282,7 +293,7 @@ class ZOState(Optimizer):
         self._rest_untouched()
         super().load_state_dict(state_dict)
         restore_tensors(self, state_dict)
-        self._displacement = Displacement()
+        self._displacement = self._displacement.fresh()
         self._versions.forget()
         self._recorder.detach(loaded=True)
 

@@ -1,0 +1,357 @@
+"""Layerwise evaluation: the module shows perturbed weights, and the stored ones stay at rest."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import zokern
+from tests.zo import METHODS, loss_of, make_model, same, weights
+from zokern.optim import layerwise
+from zokern.optim.watched import Watched
+
+STORAGES = {
+    "fp32": (torch.float32, {}),
+    "fp16": (torch.float16, {"precision": "inplace"}),
+    "bf16": (torch.bfloat16, {"precision": "inplace"}),
+    "bf16-split8": (torch.bfloat16, {"precision": "split8"}),
+    "bf16-split": (torch.bfloat16, {"precision": "split"}),
+    "fp16-split": (torch.float16, {"precision": "split"}),
+}
+
+
+def make(model: nn.Module, **arguments) -> zokern.MeZO:
+    defaults = {"lr": 1e-2, "seed": 3, "module": model, "layerwise": True}
+    return zokern.MeZO(model.named_parameters(), **{**defaults, **arguments})
+
+
+def is_clean(model: nn.Module) -> bool:
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return not hooked and all(type(param) is nn.Parameter for param in model.parameters())
+
+
+def stands_in_place(model: nn.Module, move: zokern.optim.Move, **settings) -> nn.Module:
+    """A copy of the model that a sweep in place has moved from rest."""
+    there = copy.deepcopy(model)
+    ids = [zokern.noise.tensor_id(name) for name, _ in there.named_parameters()]
+    zokern.ops.perturb_(
+        list(there.parameters()), move.draws, move.coeffs, seed=move.seed, law=move.law,
+        tensor_ids=ids, **settings,
+    )  # fmt: skip
+    return there
+
+
+class Odd(nn.Module):
+    """Parameters that are read in all the ways that are not a layer's own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(50, 16, padding_idx=3)
+        self.positions = nn.Parameter(torch.randn(12, 16))
+        # In eval mode it reads all the weights of its parts in one operation.
+        self.fused = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.functional = nn.Linear(16, 16)
+        self.norm = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+        self.bag = nn.EmbeddingBag(50, 16)
+        self.clipped = nn.Embedding(50, 16, max_norm=100.0)
+        self.hidden_list = [self.functional.weight]
+        self.shown = Shown()
+        self.head = nn.Linear(16, 50, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, x):
+        h = self.tokens(x) + self.positions[: x.shape[1]] + self.bag(x)[:, None]
+        h = self.fused(h)
+        h = F.linear(h, self.functional.weight, self.functional.bias) + h @ self.hidden_list[0].t()
+        h = self.norm.forward(h) + self.shown()
+        return self.head(torch.tanh(h)) + F.linear(h, self.tokens.weight)
+
+
+class Shown(nn.Module):
+    """Its output is its parameter itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.randn(16))
+
+    def forward(self):
+        return self.value
+
+
+def make_odd() -> tuple[nn.Module, torch.Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Odd().eval(), torch.randint(0, 50, (4, 12))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_it_evaluates_at_the_points_of_a_sweep_in_place(backend, storage):
+    dtype, arguments = STORAGES[storage]
+    model = make_model(dtype)
+    optimizer = make(model, samples=2, stochastic_rounding=False, **arguments)
+    rest = copy.deepcopy(model)
+    for move in optimizer.ask():
+        assert torch.equal(loss_of(model)(), loss_of(stands_in_place(rest, move))())
+        assert same(weights(copy.deepcopy(model)), weights(stands_in_place(rest, move)))
+    optimizer.flush()
+    assert same(weights(model), weights(rest))
+    assert is_clean(model)
+
+
+@torch.no_grad()
+def test_every_way_to_read_a_parameter_sees_it_perturbed():
+    model, x = make_odd()
+    model.clipped.weight.requires_grad_(False)
+    optimizer = make(model, eps=0.1)
+    unmoved = model(x)
+    for _ in optimizer.ask():
+        there = copy.deepcopy(model)
+        assert torch.equal(model(x), there(x))
+        assert not torch.equal(model(x), unmoved)
+    optimizer.flush()
+    assert torch.equal(model(x), unmoved)
+    assert is_clean(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda m, x: F.linear(x, m.weight),
+        lambda m, x: x @ m.weight.T,
+        lambda m, x: torch.einsum("bi,oi->bo", x, m.weight),
+        lambda m, x: m.forward(x),
+        lambda m, x: torch.func.functional_call(m, {"weight": m.weight, "bias": m.bias}, (x,)),
+        lambda m, x: torch.nn.utils.parameters_to_vector(m.parameters()),
+        lambda m, x: torch.stack(list(m.weight)),
+        lambda m, x: m.weight.numpy(),
+        lambda m, x: m.state_dict()["weight"],
+        lambda m, x: m.weight.data,
+        lambda m, x: m.weight.norm(),
+    ],
+)
+def test_reads_outside_a_forward(read):
+    model = nn.Linear(10, 4)
+    x = torch.randn(3, 10)
+    optimizer = make(model, eps=0.1)
+    rest = copy.deepcopy(model)
+    for move in optimizer.ask():
+        wanted = read(stands_in_place(rest, move), x)
+        assert torch.equal(torch.as_tensor(read(model, x)), torch.as_tensor(wanted))
+        assert (model.weight.shape, model.weight.dtype) == ((4, 10), torch.float32)
+    optimizer.flush()
+
+
+@pytest.mark.parametrize(
+    ("touch", "message"),
+    [
+        (lambda m: m.weight.data_ptr(), "weight is read by its address"),
+        (lambda m: m.weight.mul_(2), "weight was written to"),
+        (lambda m: setattr(m.weight, "data", torch.zeros(4, 10)), "weight was written to"),
+    ],
+)
+def test_what_cannot_be_followed_is_an_error_and_changes_nothing(touch, message):
+    model = nn.Linear(10, 4)
+    before = weights(model)
+    optimizer = make(model)
+
+    def closure():
+        touch(model)
+        return model(torch.ones(2, 10)).sum()
+
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step(closure)
+    assert same(weights(model), before)
+    assert is_clean(model)
+
+
+def test_an_embedding_is_made_of_the_rows_that_are_read(monkeypatch):
+    table = nn.Embedding(1000, 8)
+    model = nn.Sequential(table, nn.Linear(8, 1))
+    optimizer = make(model)
+    swept = []
+    real = zokern.ops.perturb_
+    monkeypatch.setattr(
+        zokern.ops, "perturb_",
+        lambda params, *args, **kw: swept.append([p.shape for p in params]) or real(
+            params, *args, **kw
+        ),
+    )  # fmt: skip
+    x = torch.tensor([[5, 5, 999], [0, 5, 7]])
+    rest = copy.deepcopy(model)
+    for move in optimizer.ask():
+        wanted = stands_in_place(rest, move)
+        swept.clear()
+        assert torch.equal(model(x), wanted(x))
+        assert sorted(swept) == [[(1, 8), (1,)], [(4, 8)]]
+    optimizer.flush()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("precision", ["inplace", "split8"])
+def test_a_large_head_is_evaluated_in_chunks(monkeypatch, bias, precision):
+    monkeypatch.setitem(layerwise.CHUNK, "cpu", 100 * 16 * 2)
+    head = nn.Linear(16, 1031, bias=bias).bfloat16()
+    x, rest = torch.randn(2, 3, 16).bfloat16(), copy.deepcopy(head)
+    optimizer = make(head, precision=precision, stochastic_rounding=False, eps=0.1)
+    largest = []
+    real = layerwise.Scratch.lend
+    monkeypatch.setattr(
+        layerwise.Scratch, "lend",
+        lambda self, likes: largest.append(max(t.numel() for t in likes)) or real(self, likes),
+    )  # fmt: skip
+    for move in optimizer.ask():
+        largest.clear()
+        given = head(x)
+        assert max(largest) <= 100 * 16
+        wanted = stands_in_place(rest, move)(x)
+        torch.testing.assert_close(given, wanted, rtol=2**-7, atol=1e-3)
+    optimizer.flush()
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "gv, 2 samples"])
+def test_every_method_takes_the_steps_that_it_takes_in_place(name):
+    model, layered = make_model(), make_model()
+    plain = METHODS[name].make(model)
+    optimizer = METHODS[name].make(layered, module=layered, layerwise=True)
+    for _ in range(3):
+        plain.step(loss_of(model))
+        optimizer.step(loss_of(layered))
+    for a, b in zip(weights(model), weights(layered), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
+    assert is_clean(layered)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("inside", [True, False], ids=["in a forward", "after it"])
+def test_a_closure_that_raises_leaves_nothing_behind(error, at, inside):
+    model = make_model(torch.bfloat16)
+    optimizer = make(model, samples=2)
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict())
+    calls = []
+
+    def fail(*_):
+        raise error("stop")
+
+    def closure():
+        calls.append(1)
+        if len(calls) == at + 1:
+            if not inside:
+                fail()
+            model[2].forward = fail
+        return loss_of(model)()
+
+    with pytest.raises(error):
+        optimizer.step(closure)
+    model[2].__dict__.pop("forward", None)
+    assert same(weights(model), before)
+    assert is_clean(model)
+    assert optimizer.state_dict() == state
+    optimizer.step(loss_of(model))
+
+
+def test_nothing_is_left_after_a_step():
+    model = make_model()
+    optimizer = make(model)
+    views = []
+
+    def closure():
+        view = optimizer._displacement._view
+        views.extend((weakref.ref(view), weakref.ref(view._scratch)))
+        return loss_of(model)()
+
+    optimizer.step(closure)
+    assert is_clean(model)
+    gc.collect()
+    assert [view() for view in views] == [None] * 4
+
+
+def test_between_ask_and_tell_the_module_shows_the_point():
+    model = make_model()
+    optimizer = make(model, eps=0.1)
+    plain = loss_of(model)()
+    losses = [loss_of(model)() for _ in optimizer.ask()]
+    assert plain not in losses
+    assert isinstance(model[0].weight, Watched)
+    with pytest.raises(RuntimeError, match="tell the losses"):
+        optimizer.ask()
+    optimizer.tell([loss.float() for loss in losses])
+    assert is_clean(model)
+
+
+def test_copies_and_pickles_show_the_weights_at_rest():
+    model = make_model()
+    optimizer = make(model)
+    optimizer.step(loss_of(model))
+    loaded_model, loaded = pickle.loads(pickle.dumps((model, optimizer)))
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    for other_model, other in ((loaded_model, loaded), (copied_model, copied)):
+        other.step(loss_of(other_model))
+        assert is_clean(other_model)
+    optimizer.step(loss_of(model))
+    assert same(weights(model), weights(loaded_model))
+    assert same(weights(model), weights(copied_model))
+
+
+def test_a_checkpoint_goes_on():
+    model = make_model(torch.bfloat16)
+    optimizer = make(model, momentum=0.9)
+    optimizer.step(loss_of(model))
+    other_model = make_model(torch.bfloat16)
+    other_model.load_state_dict(model.state_dict())
+    other = make(other_model, momentum=0.9, seed=8)
+    other.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        optimizer.step(loss_of(model))
+        other.step(loss_of(other_model))
+    assert same(weights(model), weights(other_model))
+
+
+def test_an_optimizer_that_is_dropped_lets_its_module_go():
+    model = make_model()
+    optimizer = make(model)
+    next(iter(optimizer.ask()))
+    optimizer.flush()
+    alive = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert alive() is None
+    assert is_clean(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"module": None}, "layerwise=True needs module="),
+        ({"fuse_next": True}, "nothing to fuse"),
+        ({"precision": "master"}, "leave the weights at rest already"),
+        ({"stochastic_rounding": True}, "float32 is stored as"),
+        ({"module": nn.Linear(2, 2)}, "0.weight, 0.bias.* are not among them"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(make_model(), **arguments)
+
+
+def test_half_precision_is_layerwise_where_the_module_is_given(caplog):
+    with caplog.at_level("INFO", "zokern"):
+        model = make_model(torch.bfloat16)
+        optimizer = zokern.MeZO(model.named_parameters(), lr=1e-3, module=model)
+    assert "layerwise" in caplog.text
+    assert "stochastic rounding adds 0.00 bytes" in caplog.text
+    assert (optimizer.run["precision"], optimizer.run["stochastic_rounding"]) == ("inplace", True)
+    assert not any(optimizer.state.values())
+    before = weights(model)
+    for _ in optimizer.ask():
+        assert same([t.data for t in weights(copy.deepcopy(model))], before) is False
+    optimizer.flush()
+    assert same(weights(model), before)
+    without = zokern.MeZO(make_model(torch.bfloat16).named_parameters(), lr=1e-3)
+    assert (without.run["precision"], without.run["stochastic_rounding"]) == ("auto", False)

@@ -1,0 +1,197 @@
+"""Layerwise evaluation of real models: nothing is missed, nothing is left behind."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import zokern
+from tests.test_layerwise import is_clean, make
+from tests.test_peft import TOKENS, make_decoder, make_lora
+from tests.zo import loss_of, make_model, same, weights
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32}
+T5 = {"decoder_start_token_id": 0}
+GQA = {"num_key_value_heads": 2, "tie_word_embeddings": True}
+
+
+def decoder(name: str, **more) -> nn.Module:
+    config = getattr(transformers, f"{name}Config")(**SMALL, **WIDTHS, **more)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+MODELS = {
+    "llama": lambda: decoder("Llama", **GQA),
+    "qwen2": lambda: decoder("Qwen2", **GQA),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+    ),
+    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, **WIDTHS)),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            **T5, vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
+        )
+    ),
+    "mixture of experts": lambda: decoder("Mixtral", num_local_experts=4, **GQA),
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MODELS[name]().to(dtype).eval()
+
+
+def language_loss(model: nn.Module):
+    return lambda: model(input_ids=TOKENS, labels=TOKENS).loss.float()
+
+
+def moved_in_place(rest: nn.Module, move: zokern.optim.Move) -> nn.Module:
+    there = copy.deepcopy(rest)
+    moving = {name: param for name, param in there.named_parameters() if param.requires_grad}
+    ids = [zokern.noise.tensor_id(name) for name in moving]
+    zokern.ops.perturb_(
+        moving.values(), move.draws, move.coeffs, seed=move.seed, law=move.law, tensor_ids=ids
+    )
+    return there
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_losses_are_those_of_a_sweep_in_place(name, dtype):
+    model = build(name, dtype)
+    optimizer = make(model, precision="inplace", stochastic_rounding=False, eps=0.1)
+    rest = copy.deepcopy(model)
+    with torch.no_grad():
+        unmoved = language_loss(rest)()
+        for move in optimizer.ask():
+            loss, wanted = language_loss(model)(), language_loss(moved_in_place(rest, move))()
+            assert torch.equal(loss, wanted)
+            assert loss != unmoved
+    optimizer.flush()
+    assert same(weights(model), weights(rest))
+    assert is_clean(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_closure_that_raises_leaves_the_weights(name, at):
+    model = build(name, torch.bfloat16)
+    before = weights(model)
+    optimizer = make(model, precision="inplace")
+    calls = []
+
+    def closure():
+        calls.append(1)
+        loss = language_loss(model)()
+        if len(calls) == at:
+            raise RuntimeError("stop")
+        return loss
+
+    with pytest.raises(RuntimeError, match="stop"):
+        optimizer.step(closure)
+    assert same(weights(model), before)
+    assert is_clean(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_trains_and_saves_plain_weights(name, tmp_path):
+    model = build(name, torch.bfloat16)
+    optimizer = zokern.MeZO(model.named_parameters(), lr=1e-3, eps=1e-2, seed=1, module=model)
+    for _ in range(3):
+        optimizer.step(language_loss(model))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert same(weights(model), weights(loaded))
+    assert is_clean(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters(dtype):
+    pytest.importorskip("peft")
+    model = make_lora(dtype)
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = zokern.MeZO(trained, lr=1e-3, eps=0.1, module=model, layerwise=True)
+    rest = copy.deepcopy(model)
+    with torch.no_grad():
+        for move in optimizer.ask():
+            wanted = language_loss(moved_in_place(rest, move))()
+            assert torch.equal(language_loss(model)(), wanted)
+    optimizer.flush()
+    assert same(weights(model), weights(rest))
+
+
+@torch.no_grad()
+def test_generation_with_a_cache():
+    model = make_decoder()
+    optimizer = make(model, eps=0.05)
+    rest = copy.deepcopy(model)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    for move in optimizer.ask():
+        wanted = moved_in_place(rest, move).generate(TOKENS, **settings)
+        assert torch.equal(model.generate(TOKENS, **settings), wanted)
+    optimizer.flush()
+    assert is_clean(model)
+
+
+@pytest.mark.parametrize("how", ["wrapped layers", "layers in place", "as a whole"])
+def test_compiled_layers(how):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model = make_decoder()
+    plain = copy.deepcopy(model)
+    counter = CompileCounter()
+    if how == "as a whole":
+        model = torch.compile(model, backend=counter)
+    for i in range(len(plain.model.layers)):
+        if how == "wrapped layers":
+            model.model.layers[i] = torch.compile(model.model.layers[i], backend=counter)
+        elif how == "layers in place":
+            model.model.layers[i].compile(backend=counter)
+    optimizers = []
+    for module in (plain, model):
+        optimizers.append(make(module, lr=1e-3))
+        optimizers[-1].step(language_loss(module))
+    compiled_once = counter.frame_count
+    for optimizer, module in zip(optimizers, (plain, model), strict=True):
+        for _ in range(3):
+            optimizer.step(language_loss(module))
+    assert counter.frame_count == compiled_once > 0
+    for a, b in zip(weights(plain), weights(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert all(type(param) is nn.Parameter for param in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_scripted_module_is_refused():
+    model = nn.Sequential(torch.jit.script(nn.Linear(10, 4)))
+    with pytest.raises(ValueError, match="0 is scripted"):
+        make(model)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_closure_may_have_a_mode_of_its_own(mode):
+    model = make_model()
+
+    def closure():
+        with mode():
+            return loss_of(model)().detach()
+
+    optimizer = make(model)
+    for _ in range(2):
+        optimizer.step(closure)
+    assert is_clean(model)
+    assert all(not param.is_inference() for param in model.parameters())
+
+
+def test_autocast_keeps_no_cast_of_a_point():
+    model = make_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        optimizer = make(model, eps=0.5)
+        optimizer.step(lambda: loss_of(model)().float())
+    assert len(set(optimizer.last.losses)) == 2

@@ -1,0 +1,414 @@
+"""Evaluation without a change to the weights: each layer reads its perturbed ones from a buffer.
+
+While a point is shown, a hook before each layer's forward writes θ + Σ c·z of the layer's own
+parameters into a buffer as large as the largest layer, and lets the parameters be that until the
+forward is over. Whoever else reads one (a functional call, a fused attention that reads the
+projections of other modules) is given a buffer too, for the time of that one operation, by
+:mod:`zokern.optim.watched`: so nothing is missed.
+
+Two reads need no whole tensor. An embedding takes the rows that its input names; a linear map with
+a weight larger than ``CHUNK`` is evaluated in chunks of its rows.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from zokern import ops
+from zokern.memory import Scratch
+from zokern.optim.displacement import (
+    Coefficients,
+    Displacement,
+    Member,
+    Rounding,
+    Step,
+    never,
+)
+from zokern.optim.interrupts import uninterrupted
+from zokern.optim.watched import Watched, unwatch, watch
+
+# In bytes, by device. A processor's are as large as its caches, so that what is written there is
+# read there.
+CHUNK = {"cpu": 1 << 24, "cuda": 1 << 28}
+SHARE = 1 / 64
+# These have one operation for all of their parts.
+WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the weights seem to be: what :meth:`Displacement.from_rest` says of a target."""
+
+    draws: tuple[int, ...]
+    coeffs: Sequence  # one row for all members, or one for each
+    seed: int
+    law: str
+
+    def row(self, i: int) -> Sequence[float]:
+        return self.coeffs[i] if isinstance(self.coeffs[0], tuple) else self.coeffs
+
+
+class LayerwiseDisplacement(Displacement):
+    """A displacement that a module shows while its weights stay at rest."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self._view: View | None = None
+
+    def fresh(self) -> "LayerwiseDisplacement":
+        return LayerwiseDisplacement(self.module)
+
+    def check(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
+        own = {id(param) for param in self.module.parameters()}
+        missing = [name for name, param in named_params if id(param) not in own]
+        if missing:
+            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            raise ValueError(
+                f"layerwise=True evaluates the parameters of module=; {', '.join(missing[:8])}"
+                f"{more} are not among them"
+            )
+        for name, module in self.module.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ValueError(
+                    f"layerwise=True hooks layers, and {name or 'the module'} is scripted, which "
+                    "has no hooks: take layerwise=False"
+                )
+
+    def move(
+        self,
+        target: Coefficients,
+        *,
+        seed: int,
+        law: str,
+        step: Step | None = None,
+        rounding: Rounding = never,
+    ) -> None:
+        with uninterrupted():
+            wanted = {draw: c for draw, c in target.items() if c != 0.0}
+            if step is not None or not wanted:
+                self._leave()
+            if step is not None:
+                super().move({}, seed=seed, law=law, step=step, rounding=rounding)
+            if not wanted:
+                return
+            if self._view is None:
+                self._view = View(self.module, self.members)
+            self.coefficients, self._noise = wanted, (seed, law)
+            made = self.from_rest(wanted)
+            assert made is not None
+            self._view.show(Point(*made[:2], seed, law))
+
+    def keep(self, wanted: Callable[[Member], bool]) -> None:
+        self._leave()
+        super().keep(wanted)
+
+    def _leave(self) -> None:
+        if self._view is not None:
+            self._view.close()
+        self._view, self.coefficients = None, {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy shows nothing.
+        return self.__dict__ | {"_view": None, "coefficients": {}}
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A module whose forward reads parameters, and which of the members they are."""
+
+    module: nn.Module
+    members: list[int]
+
+
+@dataclass
+class Lent:
+    """What a running forward was lent."""
+
+    layer: Layer
+    members: list[int]
+    buffer: Tensor | None = None
+
+
+class View:
+    """What a module's readers see of its parameters until it is closed."""
+
+    def __init__(self, module: nn.Module, members: list[Member]) -> None:
+        self._members = members
+        self._index = {id(member.param): i for i, member in enumerate(members)}
+        self._names = {id(param): name for name, param in module.named_parameters()}
+        self._stored = [member.param.data for member in members]
+        self._scratch = Scratch()
+        self._running: list[Lent] = []
+        self._undo: list[Callable[[], object]] = []
+        self._point: Point | None = None
+        with uninterrupted():
+            try:
+                for layer in layers(module, self._index):
+                    self._hook(layer)
+                for member in members:
+                    watch(member.param, self)
+            except BaseException:
+                self.close()
+                raise
+
+    def show(self, point: Point) -> None:
+        """From now on the parameters seem to be there."""
+        self._point = point
+        # A cast that autocast has kept would show the weights of before.
+        torch.clear_autocast_cache()
+
+    def close(self) -> None:
+        """The parameters are what they were; nothing is left of the view."""
+        for undo in self._undo:
+            undo()
+        while self._running:
+            self._end(self._running.pop())
+        for member in self._members:
+            unwatch(member.param)
+        torch.clear_autocast_cache()
+
+    def _hook(self, layer: Layer) -> None:
+        module = layer.module
+        compiled = getattr(module, "_compiled_call_impl", None)
+        if compiled is None:
+            before = module.register_forward_pre_hook(lambda *_: self._begin(layer), prepend=True)
+            self._undo.append(before.remove)
+            after = module.register_forward_hook(lambda *_: self._finish(layer), always_call=True)
+            self._undo.append(after.remove)
+            return
+
+        # A compiled call would trace hooks of its module.
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._begin(layer)
+            try:
+                return compiled(*args, **kwargs)
+            finally:
+                self._finish(layer)
+
+        self._undo.append(lambda: setattr(module, "_compiled_call_impl", compiled))
+        module._compiled_call_impl = call
+
+    def _begin(self, layer: Layer) -> None:
+        """Of a forward: what it reads is written to a buffer."""
+        params = [(i, self._members[i].param) for i in layer.members]
+        members = [i for i, param in params if isinstance(param, Watched)]
+        lent = Lent(layer, members)
+        self._running.append(lent)
+        if not members:
+            return
+        lent.buffer, tensors = self._scratch.lend([self._stored[i] for i in members])
+        self._write(members, tensors)
+        for i, tensor in zip(members, tensors, strict=True):
+            unwatch(self._members[i].param)
+            self._members[i].param.data = tensor
+
+    def _finish(self, layer: Layer) -> None:
+        """Of a forward; of those inside it too, where an interrupt has ended them."""
+        if not any(lent.layer is layer for lent in self._running):
+            return
+        while True:
+            lent = self._running.pop()
+            self._end(lent)
+            if lent.layer is layer:
+                return
+
+    def _end(self, lent: Lent) -> None:
+        for i in lent.members:
+            param = self._members[i].param
+            if not isinstance(param, Watched):
+                param.data = self._stored[i]
+                watch(param, self)
+        if lent.buffer is not None:
+            self._scratch.take_back(lent.buffer)
+
+    def _write(self, members: list[int], outs: list[Tensor]) -> None:
+        """The members' perturbed values."""
+        self._sweep(
+            members,
+            [self._stored[i] for i in members],
+            [self._members[i].residual for i in members],
+            [self._members[i].dense for i in members],
+            outs,
+        )
+
+    def _sweep(
+        self,
+        members: list[int],
+        params: list[Tensor],
+        residuals: list[Tensor | None],
+        dense: list[tuple[Tensor, ...]],
+        outs: list[Tensor],
+        **places: Any,
+    ) -> None:
+        point = self._point
+        assert point is not None
+        ops.perturb_(
+            params,
+            point.draws,
+            [point.row(i) for i in members],
+            seed=point.seed,
+            law=point.law,
+            tensor_ids=[self._members[i].tensor_id for i in members],
+            residuals=residuals,
+            dense=list(zip(*dense, strict=True)) if any(d < 0 for d in point.draws) else (),
+            outs=outs,
+            **places,
+        )
+
+    def name_of(self, param: Tensor) -> str:
+        return self._names[id(param)]
+
+    def lend(self, param: Tensor) -> tuple[Tensor, Tensor]:
+        i = self._index[id(param)]
+        buffer, tensors = self._scratch.lend([self._stored[i]])
+        self._write([i], tensors)
+        return tensors[0], buffer
+
+    def take_back(self, buffer: Tensor) -> None:
+        self._scratch.take_back(buffer)
+
+    def instead(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        if func is functional.embedding:
+            return self._embedding(*args, **kwargs)
+        if func is functional.linear:
+            return self._linear(*args, **kwargs)
+        return NotImplemented
+
+    def _embedding(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        *_: object,
+        **__: object,
+    ) -> Any:
+        """Of the rows that the input names."""
+        i = self._index.get(id(weight))
+        if i is None or max_norm is not None or isinstance(input, Watched):
+            return NotImplemented
+        numbers, places = torch.unique(input, return_inverse=True)
+        rows, residual, dense = self._parts(i, lambda t: t.index_select(0, numbers))
+        width = weight.shape[1]
+        out = torch.empty_like(rows)
+        self._sweep(
+            [i], [rows], [residual], [dense], [out],
+            shards=[(0, width, width)], rows=[numbers],
+        )  # fmt: skip
+        return functional.embedding(places, out)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        """In chunks of rows of the weight."""
+        i = self._index.get(id(weight))
+        if i is None or not is_chunked(self._stored[i]) or isinstance(input, Watched):
+            return NotImplemented
+        count, width = weight.shape
+        if isinstance(bias, Watched):
+            bias, _ = self.lend(bias)
+        step = max(1, _chunk_of(weight) // (width * weight.element_size()))
+        result = None
+        for begin in range(0, count, step):
+            part = slice(begin, begin + step)
+            param, residual, dense = self._parts(i, itemgetter(part))
+            buffer, outs = self._scratch.lend([param])
+            self._sweep(
+                [i], [param], [residual], [dense], outs,
+                shards=[(begin * width, param.numel(), param.numel())],
+            )  # fmt: skip
+            own = functional.linear(input, outs[0], None if bias is None else bias[part])
+            if result is None:
+                result = own.new_empty(*own.shape[:-1], count)
+            result[..., part] = own
+            del outs
+            self._scratch.take_back(buffer)
+        return result
+
+    def _parts(
+        self, i: int, part: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """Of a member's value, its residual and its dense directions."""
+        member = self._members[i]
+        residual = None if member.residual is None else part(member.residual)
+        return part(self._stored[i]), residual, tuple(map(part, member.dense))
+
+
+def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
+    """The modules before whose forward members of the index are written, each once.
+
+    As few as do with a buffer for the largest of those that cannot be divided, or for ``SHARE`` of
+    all parameters: one write for an attention costs less than one for each of its projections.
+    """
+    own = {id(m): _read_by(m, index, recurse=_is_whole(m)) for m in module.modules()}
+    sizes = {i: param.numel() * param.element_size() for param, i in _members_of(module, index)}
+
+    def size(members: Iterable[int]) -> float:
+        return sum(sizes[i] for i in members)
+
+    bound = max(*map(size, own.values()), size(sizes) * SHARE)
+    seen: set[int] = set()
+
+    def visit(module: nn.Module) -> Iterator[Layer]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        whole = _read_by(module, index, recurse=True)
+        if _is_whole(module) or (_has_forward(module) and size(whole) <= bound):
+            if whole:
+                yield Layer(module, sorted(whole))
+            return
+        if own[id(module)]:
+            yield Layer(module, sorted(own[id(module)]))
+        for child in module.children():
+            yield from visit(child)
+
+    return list(visit(module))
+
+
+def _members_of(module: nn.Module, index: dict[int, int]) -> Iterator[tuple[Tensor, int]]:
+    return ((param, index[id(param)]) for param in module.parameters() if id(param) in index)
+
+
+def _read_by(module: nn.Module, index: dict[int, int], *, recurse: bool) -> set[int]:
+    """The members that a module's forward reads as a whole, with those of the modules inside."""
+    return {
+        index[id(param)]
+        for inner in (module.modules() if recurse else (module,))
+        for param in inner.parameters(recurse=False)
+        if id(param) in index and not _is_read_in_parts(inner, param)
+    }
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether it reads the parameters of its parts itself, or lets nothing be hooked inside."""
+    # Whoever has compiled something has imported this, which takes its time.
+    dynamo = sys.modules.get("torch._dynamo")
+    compiled = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or in_place or isinstance(module, WHOLE)
+
+
+def _is_read_in_parts(module: nn.Module, param: Tensor) -> bool:
+    """Whether its own forward can do with less than the whole parameter."""
+    if isinstance(module, nn.Embedding):
+        return module.max_norm is None
+    return isinstance(module, nn.Linear) and is_chunked(param)
+
+
+def is_chunked(param: Tensor) -> bool:
+    size = param.numel() * param.element_size()
+    return param.dim() == 2 and param.is_contiguous() and size > _chunk_of(param)
+
+
+def _chunk_of(param: Tensor) -> int:
+    return CHUNK.get(param.device.type, CHUNK["cuda"])
