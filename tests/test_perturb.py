@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import zokern
+from tests.conftest import choose
 from tests.same_bits import same_bits
 from zokern import noise, ops
 
@@ -77,20 +78,37 @@ def clone(tensors):
 @pytest.mark.parametrize("k", [1, 2, 3, 16])
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("law", DIRECTIONS)
-def test_backends_agree(kernel_backend, law, storage, k):
-    if kernel_backend == "triton" and k == 16 and law != "gauss16":
-        k = 5  # the interpreter is slow
-    choose = random.Random(f"{law}{storage}{k}")
+def test_backends_agree(native_backend, law, storage, k):
+    check_agreement(law, storage, k)
+
+
+# Its storages, laws and directions are in test_triton_perturb.py, in blocks that take less.
+@pytest.mark.parametrize(
+    ("law", "storage", "k"),
+    [
+        ("gauss16", "fp32", 1),
+        ("gauss32", "bf16-split", 2),
+        ("rademacher", "fp16-split", 3),
+        ("normal", "bf16-split8", 1),
+    ],
+)
+def test_triton_agrees(monkeypatch, law, storage, k):
+    choose("triton", monkeypatch)
+    check_agreement(law, storage, k)
+
+
+def check_agreement(law: str, storage: str, k: int) -> None:
+    choice = random.Random(f"{law}{storage}{k}")
     params, residuals, shards = make_operands(storage)
-    rows = [[choose.uniform(-0.1, 0.1) for _ in range(k)] for _ in params]
-    scales = [[choose.choice([1.0, 0.9]) for _ in range(k)] for _ in params]
+    rows = [[choice.uniform(-0.1, 0.1) for _ in range(k)] for _ in params]
+    scales = [[choice.choice([1.0, 0.9]) for _ in range(k)] for _ in params]
     arguments = {
-        "draws": [choose.getrandbits(32) for _ in range(k)],
+        "draws": [choice.getrandbits(32) for _ in range(k)],
         "coeffs": rows,
         "scales": scales,
-        "seed": choose.getrandbits(64),
+        "seed": choice.getrandbits(64),
         "law": law,
-        "tensor_ids": [choose.getrandbits(56) for _ in params],
+        "tensor_ids": [choice.getrandbits(56) for _ in params],
         "shards": shards,
     }
     got, got_residuals = clone(params), clone(residuals)

@@ -112,7 +112,8 @@ CASES = [("gauss16", storage, form) for storage in STORAGES for form in FORMS] +
 
 
 @pytest.mark.parametrize(("law", "storage", "form"), CASES)
-def test_backends_agree(kernel_backend, law, storage, form):
+def test_backends_agree(native_backend, law, storage, form):
+    """For Triton, which is slow, a test in test_triton_perturb.py goes through the forms."""
     case = make_case(law, storage, FORMS[form])
     got = case.run()
     with zokern.use_backend("reference"):
