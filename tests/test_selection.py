@@ -133,15 +133,15 @@ def test_backends_agree(native_backend, dtype, joined):
 
 
 def selections_of_large(name: str, dtype: torch.dtype) -> list[tuple]:
-    """Of tensors that threads share, beside one that is searched by one of them."""
+    """Of tensors that threads share, in one call beside a shorter one that they do not."""
     value = DATA[name].repeat((1 << 21) // DATA[name].numel()).to(dtype)
     value[1:] *= 1 + (torch.arange(value.numel() - 1) % 3 == 0)
     numel = value.numel()
     return [
-        ops.magnitude_threshold([value, value[5:-9]], int(0.01 * numel)),
+        ops.magnitude_threshold([value, value[5 : 1 << 18]], int(0.01 * numel)),
         ops.magnitude_threshold([value], int(0.5 * numel)),
         ops.magnitude_threshold([value, value[5:70_000]], int(0.999 * numel)),
-        ops.magnitude_threshold([value, value[5:]], numel, joined=True),
+        ops.magnitude_threshold([value[7 : 1 << 20], value[5 : 1 << 20]], 1 << 20, joined=True),
     ]
 
 
