@@ -32,10 +32,12 @@ def patch_triton_once() -> None:
     """
     try:
         from triton.runtime import interpreter
-    except ImportError:
-        return
-    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
-    interpreter._LangPatchScope.restore = lambda scope: None
+
+        patch, scope = interpreter._patch_lang, interpreter._LangPatchScope
+    except (ImportError, AttributeError):
+        return  # There is no Triton, or one that goes another way.
+    interpreter._patch_lang = functools.cache(patch)
+    scope.restore = lambda self: None
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
