@@ -1,5 +1,6 @@
 """Fixtures that run a test on every backend that this machine has."""
 
+import functools
 import os
 
 import torch
@@ -17,7 +18,30 @@ import pytest
 import zokern
 from zokern import backends
 
-CAPABILITIES = ("portable", "avx2", "avx512")
+# The native backend comes with each of its instruction sets.
+NATIVE = ["native-portable", "native-avx2", "native-avx512"]
+# Triton's interpreter takes its time: tests that leave it out have smaller ones beside them.
+FAST = ["reference", *NATIVE]
+
+
+def patch_triton_once() -> None:
+    """Halve the time of Triton's interpreter.
+
+    It puts its functions into triton.language anew for every function that a kernel calls, and
+    takes them out again after the kernel. Nothing else needs triton.language here.
+    """
+    try:
+        from triton.runtime import interpreter
+
+        patch, scope = interpreter._patch_lang, interpreter._LangPatchScope
+    except (ImportError, AttributeError):
+        return  # There is no Triton, or one that goes another way.
+    interpreter._patch_lang = functools.cache(patch)
+    scope.restore = lambda self: None
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_triton_once()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,10 +50,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="there is no CUDA GPU"))
-
-
-def variants() -> list[str]:
-    return ["reference", *(f"native-{name}" for name in CAPABILITIES), "triton"]
 
 
 def choose(variant: str, monkeypatch: pytest.MonkeyPatch, device: str = "cpu") -> None:
@@ -47,18 +67,22 @@ def choose(variant: str, monkeypatch: pytest.MonkeyPatch, device: str = "cpu") -
     monkeypatch.setenv("ZOKERN_BACKEND", name)
 
 
-@pytest.fixture(params=variants())
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each backend in turn; the native one with each instruction set."""
-    choose(request.param, monkeypatch)
-    return request.param
+def each_of(names: list[str]):
+    """A fixture that selects each of them in turn and gives its name."""
+
+    @pytest.fixture(params=names)
+    def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+        choose(request.param, monkeypatch)
+        return request.param
+
+    return chosen
 
 
-@pytest.fixture(params=variants()[1:])
-def kernel_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each backend but the reference, which they are compared with."""
-    choose(request.param, monkeypatch)
-    return request.param
+backend = each_of([*FAST, "triton"])
+fast_backend = each_of(FAST)
+# Those that are compared with the reference.
+kernel_backend = each_of([*NATIVE, "triton"])
+native_backend = each_of(NATIVE)
 
 
 @pytest.fixture(autouse=True)

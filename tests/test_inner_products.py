@@ -4,13 +4,29 @@ import pytest
 import torch
 
 import zokern
+from tests.conftest import choose
 from tests.test_perturb import DIRECTIONS, make_operands
 from zokern import noise, ops
 
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
 
 @pytest.mark.parametrize("law", DIRECTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_backends_agree(kernel_backend, law, dtype):
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_backends_agree(native_backend, law, dtype):
+    check_agreement(law, dtype)
+
+
+@pytest.mark.parametrize(
+    ("law", "dtype"), [*zip(DIRECTIONS, [*FLOATS, torch.float32], strict=True)], ids=str
+)
+def test_triton_agrees(monkeypatch, law, dtype):
+    """Its interpreter takes its time: every law and dtype once."""
+    choose("triton", monkeypatch)
+    check_agreement(law, dtype)
+
+
+def check_agreement(law: str, dtype: torch.dtype) -> None:
     vectors, _, shards = make_operands("fp32")
     vectors = [vector.nan_to_num(0, 1, -1).clamp(-9, 9).to(dtype) for vector in vectors]
     arguments = {"seed": 2**63 + 5, "law": law, "shards": shards}

@@ -8,7 +8,7 @@ from torch import nn
 
 import zokern
 from tests import merge_peers
-from tests.conftest import choose, variants
+from tests.conftest import FAST, choose, each_of
 from tests.same_bits import same_bits
 from zokern import merge
 
@@ -17,11 +17,8 @@ WEIGHTS, DENSITIES = [0.7, 0.4, 1.2], [0.3, 0.55, 0.1]
 State = dict[str, torch.Tensor]
 
 
-# Triton's interpreter takes its time: it has a test of its own.
-@pytest.fixture(params=[variant for variant in variants() if variant != "triton"])
-def backend(request, monkeypatch) -> str:
-    choose(request.param, monkeypatch)
-    return request.param
+# Triton has a test of its own.
+backend = each_of(FAST)
 
 
 @pytest.fixture(autouse=True)

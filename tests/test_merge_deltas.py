@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import zokern
+from tests.conftest import choose
 from tests.same_bits import same_bits
 from zokern import noise, ops
 from zokern.deltas import COMBINE, VOTES
@@ -76,10 +77,23 @@ RULES = [("none", "sum"), *((v, c) for v in VOTES[1:] for c in COMBINE)]
 @pytest.mark.parametrize("masks", ["none", "random", "magnitude"])
 @pytest.mark.parametrize(("votes", "combine"), RULES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_backends_agree(kernel_backend, dtype, votes, combine, masks):
-    if kernel_backend == "triton" and dtype == torch.float16 and masks != "none":
-        pytest.skip("the interpreter takes its time; float16 is among the mixed dtypes")
-    check_rules(kernel_backend, "cpu", dtype, votes, combine, masks)
+def test_backends_agree(native_backend, dtype, votes, combine, masks):
+    check_rules(native_backend, "cpu", dtype, votes, combine, masks)
+
+
+# Triton's interpreter takes its time: here are all rules, and masks with all dtypes.
+IN_TRITON = [
+    *(("magnitude", rule, torch.float32) for rule in RULES),
+    *(("none", RULES[0], dtype) for dtype in DTYPES),
+    *(("random", ("weighted", "mean"), dtype) for dtype in DTYPES),
+    *(("magnitude", ("frequency", "sum"), dtype) for dtype in DTYPES[1:]),
+]
+
+
+@pytest.mark.parametrize(("masks", "rule", "dtype"), IN_TRITON, ids=str)
+def test_triton_agrees(monkeypatch, masks, rule, dtype):
+    choose("triton", monkeypatch)
+    check_rules("triton", "cpu", dtype, *rule, masks)
 
 
 def check_rules(backend: str, device: str, dtype, votes: str, combine: str, masks: str) -> None:

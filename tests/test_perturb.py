@@ -1,5 +1,6 @@
 """The fused sweep: what it computes, and that every backend computes the same bits."""
 
+import functools
 import random
 
 import pytest
@@ -77,31 +78,55 @@ def clone(tensors):
 @pytest.mark.parametrize("k", [1, 2, 3, 16])
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("law", DIRECTIONS)
-def test_backends_agree(kernel_backend, law, storage, k):
-    if kernel_backend == "triton" and k == 16 and law != "gauss16":
-        k = 5  # the interpreter is slow
-    choose = random.Random(f"{law}{storage}{k}")
+def test_backends_agree(native_backend, law, storage, k):
+    check_agreement(law, storage, k)
+
+
+# Its storages, laws and directions are in test_triton_perturb.py, in blocks that take less.
+@pytest.mark.parametrize(
+    ("law", "storage", "k"),
+    [
+        ("gauss16", "fp32", 1),
+        ("gauss32", "bf16-split", 2),
+        ("rademacher", "fp16-split", 3),
+        ("normal", "bf16-split8", 1),
+    ],
+)
+def test_triton_agrees(monkeypatch, law, storage, k):
+    # Others import this file where Triton must not be interpreted.
+    from tests.conftest import choose
+
+    choose("triton", monkeypatch)
+    check_agreement(law, storage, k)
+
+
+def check_agreement(law: str, storage: str, k: int) -> None:
+    got, wanted = swept(law, storage, k), swept_by_the_reference(law, storage, k)
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        assert a is b or same_bits(a, b), f"operand {i}"
+
+
+@functools.cache
+def swept_by_the_reference(law: str, storage: str, k: int) -> list[torch.Tensor | None]:
+    with zokern.use_backend("reference"):
+        return swept(law, storage, k)
+
+
+def swept(law: str, storage: str, k: int) -> list[torch.Tensor | None]:
+    """The parameters, then their residuals."""
+    choice = random.Random(f"{law}{storage}{k}")
     params, residuals, shards = make_operands(storage)
-    rows = [[choose.uniform(-0.1, 0.1) for _ in range(k)] for _ in params]
-    scales = [[choose.choice([1.0, 0.9]) for _ in range(k)] for _ in params]
     arguments = {
-        "draws": [choose.getrandbits(32) for _ in range(k)],
-        "coeffs": rows,
-        "scales": scales,
-        "seed": choose.getrandbits(64),
+        "draws": [choice.getrandbits(32) for _ in range(k)],
+        "coeffs": [[choice.uniform(-0.1, 0.1) for _ in range(k)] for _ in params],
+        "scales": [[choice.choice([1.0, 0.9]) for _ in range(k)] for _ in params],
+        "seed": choice.getrandbits(64),
         "law": law,
-        "tensor_ids": [choose.getrandbits(56) for _ in params],
+        "tensor_ids": [choice.getrandbits(56) for _ in params],
         "shards": shards,
     }
-    got, got_residuals = clone(params), clone(residuals)
-    ops.perturb_(got, residuals=got_residuals, **arguments)
-    wanted, wanted_residuals = clone(params), clone(residuals)
-    with zokern.use_backend("reference"):
-        ops.perturb_(wanted, residuals=wanted_residuals, **arguments)
-    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
-        assert same_bits(a, b), f"params[{i}]"
-    for i, (a, b) in enumerate(zip(got_residuals, wanted_residuals, strict=True)):
-        assert a is b or same_bits(a, b), f"residuals[{i}]"
+    ops.perturb_(params, residuals=residuals, **arguments)
+    return [*params, *residuals]
 
 
 def test_it_is_what_the_formula_says(backend):

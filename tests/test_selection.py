@@ -1,5 +1,6 @@
 """Thresholds that keep the k largest magnitudes, and L1 sums: right, and on every backend alike."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -125,22 +126,37 @@ def check_same(call, *arguments, **keywords) -> None:
 
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_backends_agree(kernel_backend, dtype, joined):
+def test_backends_agree(native_backend, dtype, joined):
     tensors = tensors_of_all_kinds(dtype)
-    for k in some(kernel_backend, [0, 2, 77, 1000, 2400, 7000, 15_000, 30_000]):
+    for k in (0, 2, 77, 1000, 2400, 7000, 15_000, 30_000):
         check_same(ops.magnitude_threshold, tensors, k, joined=joined)
+
+
+def selections_of_large(name: str, dtype: torch.dtype) -> list[tuple]:
+    """Of tensors that threads share, in one call beside a shorter one that they do not."""
+    value = DATA[name].repeat((1 << 21) // DATA[name].numel()).to(dtype)
+    value[1:] *= 1 + (torch.arange(value.numel() - 1) % 3 == 0)
+    numel = value.numel()
+    return [
+        ops.magnitude_threshold([value, value[5 : 1 << 18]], int(0.01 * numel)),
+        ops.magnitude_threshold([value], int(0.5 * numel)),
+        ops.magnitude_threshold([value, value[5:70_000]], int(0.999 * numel)),
+        ops.magnitude_threshold([value[7 : 1 << 20], value[5 : 1 << 20]], 1 << 20, joined=True),
+    ]
+
+
+@functools.cache
+def selections_of_the_reference(name: str, dtype: torch.dtype) -> list[tuple]:
+    with zokern.use_backend("reference"):
+        return selections_of_large(name, dtype)
 
 
 @pytest.mark.parametrize("name", ["random", "tied", "all equal"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_tensors(kernel_backend, dtype, name):
-    if kernel_backend == "triton":
-        pytest.skip("the interpreter takes its time; test_triton_select has small blocks instead")
-    value = DATA[name].repeat((1 << 21) // DATA[name].numel()).to(dtype)
-    value[1:] *= 1 + (torch.arange(value.numel() - 1) % 3 == 0)
-    for share in (0.01, 0.5, 0.999):
-        check_same(ops.magnitude_threshold, [value, value[5:-9]], int(share * value.numel()))
-    check_same(ops.magnitude_threshold, [value, value[5:]], value.numel(), joined=True)
+def test_large_tensors(native_backend, dtype, name):
+    wanted = selections_of_the_reference(name, dtype)
+    for own, others in zip(selections_of_large(name, dtype), wanted, strict=True):
+        assert all(same_bits(a, b) for a, b in zip(own, others, strict=True))
 
 
 @pytest.mark.parametrize("rounded", [False, True])
@@ -199,11 +215,10 @@ NEAR = {
 
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("name", NEAR)
-def test_a_near_threshold_never_changes_the_result(backend, name, joined):
-    if backend == "triton" and name != "right":
-        pytest.skip("Triton's kernels do not look at near thresholds, and the interpreter is slow")
+def test_a_near_threshold_never_changes_the_result(fast_backend, name, joined):
+    """Triton's kernels do not look at it."""
     tensors = [*tensors_of_all_kinds(), randn(1 << 17), randn(1 << 17).bfloat16()]
-    for k in some(backend, [0, 1000, 1, 2400]):
+    for k in (0, 1000, 1, 2400):
         wanted = ops.magnitude_threshold(tensors, k, joined=joined)
         near = NEAR[name](wanted[0])
         got = ops.magnitude_threshold(tensors, k, joined=joined, near=near)
@@ -226,9 +241,13 @@ def test_nan_is_an_error_that_names_the_tensor(backend, bits, joined):
     ops.magnitude_threshold([infinite], 1, bases=[good.view(8, 5)])
 
 
-def adam_steps(dtype: torch.dtype, state: torch.dtype, cached: bool = True) -> AdamSteps:
+SHAPES = [(70, 30), (1,), (0,), (1000,), (3, 333), (900,)]
+
+
+def adam_steps(
+    dtype: torch.dtype, state: torch.dtype, cached: bool = True, shapes: list[tuple] = SHAPES
+) -> AdamSteps:
     """Tensors of several sizes; the last is at its first step, with one magnitude."""
-    shapes = [(70, 30), (1,), (0,), (1000,), (3, 333), (900,)]
     grads = [randn(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
     exp_avgs = [0.1 * randn(*shape, seed=10 + i) for i, shape in enumerate(shapes)]
     exp_avg_sqs = [0.01 * randn(*shape, seed=20 + i) ** 2 for i, shape in enumerate(shapes)]
@@ -242,17 +261,19 @@ def adam_steps(dtype: torch.dtype, state: torch.dtype, cached: bool = True) -> A
         [exp_avg_sq.to(state) for exp_avg_sq in exp_avg_sqs],
         [1e-3 * randn(*shape, seed=30 + i) for i, shape in enumerate(shapes)] if cached else None,
         torch.tensor(numbers),
-        torch.tensor([1, 1, 1, 0, 1, 0]),
+        torch.tensor([1, 1, 1, 0, 1, 0][-len(shapes) :]),
     )
 
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("state", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_steps_of_adam_are_selected_from_as_if_they_were_stored(backend, dtype, state, cached):
+def test_the_steps_of_adam_are_selected_from_as_if_they_were_stored(
+    fast_backend, dtype, state, cached
+):
     steps = adam_steps(dtype, state, cached)
     deltas = [adam.delta(steps, i) for i in range(len(steps.grads))]
-    for k in some(backend, [0, 300, 900, 5000]):
+    for k in (0, 300, 900, 5000):
         got = ops.adam_threshold(steps, k)
         wanted = ops.magnitude_threshold(deltas, k)
         near = ops.adam_threshold(steps, k, near=1.001 * wanted[0])
@@ -352,7 +373,7 @@ def test_sums_at_random_are_exact(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sums_agree(kernel_backend, dtype):
+def test_sums_agree(native_backend, dtype):
     steps = adam_steps(dtype, dtype)
     tensors = [randn(5000).to(dtype), randn(30, 41).to(dtype)]
     bases = [0.9 * tensor.float() for tensor in tensors]
