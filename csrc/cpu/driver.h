@@ -3,7 +3,7 @@
 // The including file has defined, in terms of its instruction set:
 //   alignment<law>()  the elements at which `accumulate` can begin: multiples of this
 //   steps<law>()      how many elements it takes at a time
-//   accumulate<law>   t ← fma(c, z, s t) over whole steps
+//   accumulate<law>   to ← fma(c, z, s from) over whole steps
 //   load_block, store_block<storage>
 //   round_values<storage>  values by random halves of words; goes on to the end of a vector
 //   store_words       the words of groups, a multiple of 16 of them
@@ -30,12 +30,14 @@ int64_t whole_steps(int64_t n) {
     return (n + steps<law>() - 1) / steps<law>() * steps<law>();
 }
 
-// All directions over `count` elements (whole steps) at t, from the full tensor's `element` on.
+// All directions over `count` elements (whole steps), from the full tensor's `element` on.
 template <Law law>
-void move(const Directions& d, uint64_t tensor_id, int64_t element, int64_t count, float* t) {
+void move(const Directions& d, uint64_t tensor_id, int64_t element, int64_t count,
+          const float* from, float* to) {
     for (int64_t k = 0; k < d.count; ++k) {
         const Stream stream = make_stream(d.seed, tensor_id, uint32_t(d.draws[k]), law);
-        accumulate<law>(stream, uint64_t(element), count, t, d.coeffs[k], d.scales[k]);
+        accumulate<law>(stream, uint64_t(element), count, from, to, d.coeffs[k], d.scales[k]);
+        from = to;
     }
 }
 
@@ -44,7 +46,7 @@ template <Law law>
 void draw_values(const Stream& stream, int64_t element, int64_t count, float* z) {
     // -0 is what can be added to any z, also to +0 and -0, and leave its bits.
     for (int64_t j = 0; j < count; ++j) z[j] = -0.0f;
-    accumulate<law>(stream, uint64_t(element), count, z, 1.0f, 1.0f);
+    accumulate<law>(stream, uint64_t(element), count, z, z, 1.0f, 1.0f);
 }
 
 // Elements [i, i + n) of a dense direction.
@@ -98,15 +100,6 @@ void finish_block(const Directions& d, const SweepTensor& tensor, int64_t i, int
     store_block<alone(storage)>(as_param, i, n, values);
 }
 
-// Where float32 elements [i, i + n) can be moved until they are what the sweep leaves.
-float* moved_block(const SweepTensor& tensor, int64_t i, int64_t n) {
-    float* param = static_cast<float*>(tensor.param) + i;
-    if (tensor.out == nullptr) return param;
-    float* out = static_cast<float*>(tensor.out) + i;
-    memcpy(out, param, size_t(n) * sizeof(float));
-    return out;
-}
-
 // Elements [i, i + n) of a sweep that is more than a move along noise: through whole blocks of
 // values, of the update u and of each direction z in turn.
 template <Law law, Storage storage>
@@ -124,7 +117,7 @@ void sweep_block(const Directions& d, const SweepTensor& tensor, int64_t i, int6
         const float coeff = d.coeffs[k], scale = d.scales[k];
         const Stream stream = make_stream(d.seed, tensor.tensor_id, uint32_t(d.draws[k]), law);
         if (d.draws[k] >= 0 && !adds) {
-            accumulate<law>(stream, uint64_t(element - lead), padded, t.t, coeff, scale);
+            accumulate<law>(stream, uint64_t(element - lead), padded, t.t, t.t, coeff, scale);
             return;
         }
         if (d.draws[k] >= 0) {
@@ -183,13 +176,15 @@ void move_run(const Directions& d, const SweepTensor& tensor, int64_t i, int64_t
             sweep_block<law, storage>(d, tensor, i, count, element);
         } else if (storage == Storage::fp32 && lead == 0 && n >= steps<law>()) {
             count = count / steps<law>() * steps<law>();
-            move<law>(d, tensor.tensor_id, element, count, moved_block(tensor, i, count));
+            float* param = static_cast<float*>(tensor.param) + i;
+            float* out = static_cast<float*>(tensor.out) + i;
+            move<law>(d, tensor.tensor_id, element, count, param, tensor.out ? out : param);
         } else {
             const int64_t padded = whole_steps<law>(lead + count);
             zero(buffer.t, 0, lead);
             zero(buffer.t, lead + count, padded);
             load_block<storage>(tensor, i, count, buffer.t + lead);
-            move<law>(d, tensor.tensor_id, element - lead, padded, buffer.t);
+            move<law>(d, tensor.tensor_id, element - lead, padded, buffer.t, buffer.t);
             finish_block<storage>(d, tensor, i, count, element, buffer.t + lead);
         }
         i += count;

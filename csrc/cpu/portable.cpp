@@ -15,14 +15,14 @@ constexpr int64_t alignment() {
 }
 
 template <Law law>
-void accumulate(const Stream& stream, uint64_t element, int64_t count, float* t, float coeff,
-                float scale) {
+void accumulate(const Stream& stream, uint64_t element, int64_t count, const float* from, float* to,
+                float coeff, float scale) {
     float z[8];
     for (int64_t i = 0; i < count; i += 8) {
         octet<law>(stream, (element + uint64_t(i)) / 8, z);
         for (int j = 0; j < 8; ++j) {
-            const float value = scale != 1.0f ? scale * t[i + j] : t[i + j];
-            t[i + j] = fma32(coeff, z[j], value);
+            const float value = scale != 1.0f ? scale * from[i + j] : from[i + j];
+            to[i + j] = fma32(coeff, z[j], value);
         }
     }
 }

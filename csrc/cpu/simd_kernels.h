@@ -46,14 +46,17 @@ struct MemorySource {
     }
 };
 
+// Takes the values at `at` of one place, moved along z, to the same of another, or itself.
 struct Move {
+    const float* from;
+    float* to;
     F coeff, scale;
     bool scaled;
 
-    void operator()(float* t, F z) const {
-        F value = Simd::load(t);
+    void operator()(int64_t at, F z) const {
+        F value = Simd::load(from + at);
         if (scaled) value = Simd::mul(scale, value);
-        Simd::store(t, Simd::fma(coeff, z, value));
+        Simd::store(to + at, Simd::fma(coeff, z, value));
     }
 };
 
@@ -116,7 +119,7 @@ void normal_angle(I word, F& cos, F& sin) {
 }
 
 template <Law law>
-void move_rows(const Rows& rows, float* t, const Move& move) {
+void move_rows(const Rows& rows, int64_t at, const Move& move) {
     constexpr int w = Simd::kWidth;
     if constexpr (law == Law::gauss16) {
         const I nibbles = Simd::set_i(0x0F0F0F0Fu);
@@ -125,28 +128,28 @@ void move_rows(const Rows& rows, float* t, const Move& move) {
             const F even = gauss<law>(Simd::and_i(row, nibbles));
             const F odd = gauss<law>(Simd::and_i(Simd::template shr<4>(row), nibbles));
             Simd::interleave(even, odd, first, second);
-            move(t, first);
-            move(t + w, second);
-            t += 2 * w;
+            move(at, first);
+            move(at + w, second);
+            at += 2 * w;
         }
     } else if constexpr (law == Law::gauss32) {
-        move(t, gauss<law>(rows.first));
-        move(t + w, gauss<law>(rows.second));
+        move(at, gauss<law>(rows.first));
+        move(at + w, gauss<law>(rows.second));
     } else if constexpr (law == Law::normal) {
         const F radius = normal_radius(Simd::even(rows.first, rows.second));
         F cos, sin;
         normal_angle(Simd::odd(rows.first, rows.second), cos, sin);
         cos = Simd::mul(radius, cos);
         sin = Simd::mul(radius, sin);
-        move(t, Simd::zip_low(cos, sin));
-        move(t + w, Simd::zip_high(cos, sin));
+        move(at, Simd::zip_low(cos, sin));
+        move(at + w, Simd::zip_high(cos, sin));
     } else {
         unsigned char bits[2 * sizeof(I)];
         Simd::store_i(bits, rows.first);
         Simd::store_i(bits + sizeof(I), rows.second);
         const I one = Simd::as_int(Simd::set(1.0f));
         for (int i = 0; i < int(sizeof bits) * 8; i += w) {
-            move(t + i, Simd::as_float(Simd::or_i(Simd::sign_bits(bits + i / 8), one)));
+            move(at + i, Simd::as_float(Simd::or_i(Simd::sign_bits(bits + i / 8), one)));
         }
     }
 }
@@ -162,22 +165,22 @@ constexpr int64_t alignment() {
 }
 
 template <Law law>
-void accumulate(const Stream& stream, uint64_t element, int64_t count, float* t, float coeff,
-                float scale) {
+void accumulate(const Stream& stream, uint64_t element, int64_t count, const float* from, float* to,
+                float coeff, float scale) {
     const PhiloxSource source{stream};
-    const Move move{Simd::set(coeff), Simd::set(scale), scale != 1.0f};
+    const Move move{from, to, Simd::set(coeff), Simd::set(scale), scale != 1.0f};
     uint32_t group = uint32_t(element / elements_per_group(law));
     for (int64_t i = 0; i < count; i += steps<law>(), group += Simd::kGroups) {
-        move_rows<law>(source.rows(group), t + i, move);
+        move_rows<law>(source.rows(group), i, move);
     }
 }
 
 template <Law law>
 void accumulate_words(const uint32_t* words, int64_t groups, float* t) {
     const MemorySource source{words};
-    const Move move{Simd::set(1.0f), Simd::set(1.0f), false};
+    const Move move{t, t, Simd::set(1.0f), Simd::set(1.0f), false};
     for (int64_t group = 0; group < groups; group += Simd::kGroups) {
-        move_rows<law>(source.rows(uint32_t(group)), t + group * elements_per_group(law), move);
+        move_rows<law>(source.rows(uint32_t(group)), group * elements_per_group(law), move);
     }
 }
 
