@@ -439,7 +439,9 @@ def test_full_tiles_go_in_vectors_and_stay_in_their_thread(reports, name):
     report = reports[name]
     storage = name.split("-", 1)[1]
     if storage != "many-directions":
-        assert report["widths"] == ([8, 16] if storage == "bf16_int8" else [16])
+        # int8 residuals are half as wide, and so are the numbers of picked rows.
+        narrow = {8} if storage in ("bf16_int8", "picked-rows") else set()
+        assert {16} <= set(report["widths"]) <= {16} | narrow
     # In float32 the halves of octets change places within a warp.
     shuffles = {"SHFL.IDX", "SHFL.BFLY", "ds_bpermute_b32"} if storage == "fp32" else set()
     assert set(report["exchange"]) <= shuffles

@@ -73,11 +73,12 @@ def _moved(value, octet, stream, direction,
 def _sweep_tile(tensor, shard, start, origin, tile, moves,
                 LAW: tl.constexpr, STORAGE: tl.constexpr, OUT: tl.constexpr,
                 DIRECTIONS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
-                MASKED: tl.constexpr, OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
+                PICKED: tl.constexpr, MASKED: tl.constexpr, OCTETS: tl.constexpr,
+                DP4A: tl.constexpr):  # fmt: skip
     """Sweep a tile of the block whose first octet is ``start``, and ``origin`` as (row, place)."""
     param, residual, out, picked, stream = tensor
     draws, pairs, directions, first, last = moves
-    octet, row, column = locate(origin, tile, shard, OCTETS, ROWS, picked)
+    octet, row, column = locate(origin, tile, shard, OCTETS, ROWS, picked, PICKED)
     if MASKED:
         at, mask = owned(row, column, shard, OCTETS)
         value = load(STORAGE, param, residual, at, mask)
@@ -133,9 +134,8 @@ def perturb_kernel(
     columns = table + tensors + i * COLUMNS
     tensor_id, unmasked, shard = load_place(columns)
     stream = (seed_low.to(tl.uint32), seed_high.to(tl.uint32), tensor_id)
-    picked = tl.load(columns + PLACE + 4) if PICKED else None
     tensor = (tl.load(columns + PLACE), tl.load(columns + PLACE + 1), tl.load(columns + PLACE + 3),
-              picked, stream)  # fmt: skip
+              tl.load(columns + PLACE + 4), stream)  # fmt: skip
 
     draws = table + tensors * (1 + COLUMNS)
     pairs = draws + directions + tl.load(columns + PLACE + 2) * directions * 2
@@ -147,10 +147,10 @@ def perturb_kernel(
     start, origin, unmasked_tiles, all_tiles = tiles_of(block, shard, unmasked, tiles, OCTETS, ROWS)
     for tile in range(unmasked_tiles):
         _sweep_tile(tensor, shard, start, origin, tile, moves, LAW, STORAGE, OUT,
-                    DIRECTIONS, SCALED, ROWS, False, OCTETS, DP4A)  # fmt: skip
+                    DIRECTIONS, SCALED, ROWS, PICKED, False, OCTETS, DP4A)  # fmt: skip
     for tile in range(unmasked_tiles, all_tiles):
         _sweep_tile(tensor, shard, start, origin, tile, moves, LAW, STORAGE, OUT,
-                    DIRECTIONS, SCALED, ROWS, True, OCTETS, DP4A)  # fmt: skip
+                    DIRECTIONS, SCALED, ROWS, PICKED, True, OCTETS, DP4A)  # fmt: skip
 
 
 def perturb_(sweep: Sweep) -> None:

@@ -92,10 +92,11 @@ def tiles_of(block, shard, unmasked, tiles, OCTETS: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
-def locate(origin, tile, shard, OCTETS: tl.constexpr, ROWS: tl.constexpr, picked=None):
+def locate(origin, tile, shard, OCTETS: tl.constexpr, ROWS: tl.constexpr, picked=0,
+           PICKED: tl.constexpr = False):  # fmt: skip
     """For each octet of a tile: its index, its row, and the column of its first element.
 
-    ``picked`` is the address of the rows' numbers in the full tensor; None where they are in order.
+    With PICKED, ``picked`` is the address of the rows' numbers in the full tensor.
     """
     row_of_origin, place = origin
     rows, octets_per_row, offset, _, row_stride = shard
@@ -107,7 +108,7 @@ def locate(origin, tile, shard, OCTETS: tl.constexpr, ROWS: tl.constexpr, picked
         row += ahead
         place -= ahead * octets_per_row
     number = row
-    if picked is not None:
+    if PICKED:
         number = tl.load(picked.to(tl.pointer_type(tl.int64)) + row, row < rows, 0)
     start = offset + number * row_stride
     return (start >> 3) + place, row, place * 8 - (start & 7)

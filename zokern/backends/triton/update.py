@@ -182,19 +182,19 @@ def update_kernel(
                tl.load(own + 6), load_float(own + 7), load_float(own + 8))  # fmt: skip
     draws = table + tensors * (1 + COLUMNS)
     moves = (draws, draws + directions + tl.load(own + 9) * directions * 3)
-    picked = tl.load(own + 10) if PICKED else None
+    picked = tl.load(own + 10)
 
     block = tl.program_id(0) - tl.load(table + i)
     start, origin, unmasked_tiles, all_tiles = tiles_of(block, shard, unmasked, tiles, OCTETS, ROWS)
     for tile in range(unmasked_tiles):
-        octet, _, _ = locate(origin, tile, shard, OCTETS, ROWS, picked)
+        octet, _, _ = locate(origin, tile, shard, OCTETS, ROWS, picked, PICKED)
         first = start + tile * OCTETS
         access = (first, first * 8 + tl.arange(0, OCTETS * 8), None)
         _sweep_tile(columns, (octet, stream), access, moves, rest, directions, rounding, LAW,
                     STORAGE, OUT, MASTER, UPDATE, MOMENTUM, SIGN, ROUNDS, DENSE0, DENSE1, OCTETS,
                     DP4A)  # fmt: skip
     for tile in range(unmasked_tiles, all_tiles):
-        octet, row, column = locate(origin, tile, shard, OCTETS, ROWS, picked)
+        octet, row, column = locate(origin, tile, shard, OCTETS, ROWS, picked, PICKED)
         at, mask = owned(row, column, shard, OCTETS)
         _sweep_tile(columns, (octet, stream), (0, at, mask), moves, rest, directions, rounding, LAW,
                     STORAGE, OUT, MASTER, UPDATE, MOMENTUM, SIGN, ROUNDS, DENSE0, DENSE1, OCTETS,
