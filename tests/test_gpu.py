@@ -1,11 +1,13 @@
 """On a GPU: the native and Triton kernels against the reference on the CPU, streams, devices."""
 
+import copy
 import random
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import zokern
 from tests import merging_cases, test_merge, test_merge_deltas, zo
@@ -332,3 +334,23 @@ def test_mezo_learns_on_a_gpu(gpu_backend):
         optimizer.step(closure)
     assert closure().item() < 0.7 * before
     assert loss_of(model.cpu())().item() < 0.7 * before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layerwise_losses_are_those_of_a_sweep_in_place(gpu_backend, dtype):
+    model = zo.make_model(dtype).cuda()
+    rest = copy.deepcopy(model)
+    x, y = zo.X.to("cuda", dtype), zo.Y.cuda()
+    optimizer = zokern.MeZO(
+        model.named_parameters(), lr=1e-3, seed=3, precision="inplace", module=model,
+        layerwise=True, stochastic_rounding=False,
+    )  # fmt: skip
+    ids = [noise.tensor_id(name) for name, _ in model.named_parameters()]
+    for move in optimizer.ask():
+        there = copy.deepcopy(rest)
+        ops.perturb_(there.parameters(), move.draws, move.coeffs, seed=3, tensor_ids=ids)
+        loss, wanted = (F.cross_entropy(m(x).float(), y) for m in (model, there))
+        assert torch.equal(loss, wanted)
+    optimizer.flush()
+    assert zo.same(zo.weights(model), zo.weights(rest))
