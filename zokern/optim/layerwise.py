@@ -37,6 +37,7 @@ from zokern.optim.watched import Watched, unwatch, watch
 # read there.
 CHUNK = {"cpu": 1 << 24, "cuda": 1 << 28}
 SHARE = 1 / 64
+SMALL = 1 / 16
 # These have one operation for all of their parts.
 WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -351,6 +352,9 @@ def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
     def size(members: Iterable[int]) -> float:
         return sum(sizes[i] for i in members)
 
+    def read_by(module: nn.Module) -> set[int]:
+        return _read_by(module, index, recurse=True)
+
     bound = max(*map(size, own.values()), size(sizes) * SHARE)
     seen: set[int] = set()
 
@@ -358,14 +362,23 @@ def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
         if id(module) in seen:
             return
         seen.add(id(module))
-        whole = _read_by(module, index, recurse=True)
+        whole = read_by(module)
         if _is_whole(module) or (_has_forward(module) and size(whole) <= bound):
             if whole:
                 yield Layer(module, sorted(whole))
             return
-        if own[id(module)]:
-            yield Layer(module, sorted(own[id(module)]))
-        for child in module.children():
+        mine, children = own[id(module)], list(module.children())
+        if _has_forward(module):
+            # Norms and the like are written with whom they belong to.
+            small = [child for child in children if not _is_whole(child)]
+            small = [child for child in small if size(read_by(child)) <= bound * SMALL]
+            added = set().union(*map(read_by, small))
+            if size(added) <= bound * SMALL:
+                mine = mine | added
+                seen.update(id(inner) for child in small for inner in child.modules())
+        if mine:
+            yield Layer(module, sorted(mine))
+        for child in children:
             yield from visit(child)
 
     return list(visit(module))
