@@ -1,8 +1,12 @@
 """Layerwise evaluation: the module shows perturbed weights, and the stored ones stay at rest."""
 
+import concurrent.futures
+import contextlib
 import copy
 import gc
+import linecache
 import pickle
+import sys
 import weakref
 
 import pytest
@@ -12,7 +16,7 @@ from torch import nn
 
 import zokern
 from tests.zo import METHODS, loss_of, make_model, same, weights
-from zokern.optim import layerwise
+from zokern.optim import layerwise, watched
 from zokern.optim.watched import Watched
 
 STORAGES = {
@@ -89,6 +93,7 @@ def make_odd() -> tuple[nn.Module, torch.Tensor]:
         return Odd().eval(), torch.randint(0, 50, (4, 12))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("storage", STORAGES)
 def test_it_evaluates_at_the_points_of_a_sweep_in_place(backend, storage):
     dtype, arguments = STORAGES[storage]
@@ -97,7 +102,8 @@ def test_it_evaluates_at_the_points_of_a_sweep_in_place(backend, storage):
     rest = copy.deepcopy(model)
     for move in optimizer.ask():
         assert torch.equal(loss_of(model)(), loss_of(stands_in_place(rest, move))())
-        assert same(weights(copy.deepcopy(model)), weights(stands_in_place(rest, move)))
+        there = stands_in_place(rest, move).state_dict()
+        assert same([*model.state_dict().values()], [*there.values()])
     optimizer.flush()
     assert same(weights(model), weights(rest))
     assert is_clean(model)
@@ -108,9 +114,9 @@ def test_every_way_to_read_a_parameter_sees_it_perturbed():
     model, x = make_odd()
     model.clipped.weight.requires_grad_(False)
     optimizer = make(model, eps=0.1)
-    unmoved = model(x)
+    unmoved, there = model(x), make_odd()[0]
     for _ in optimizer.ask():
-        there = copy.deepcopy(model)
+        there.load_state_dict(model.state_dict())
         assert torch.equal(model(x), there(x))
         assert not torch.equal(model(x), unmoved)
     optimizer.flush()
@@ -170,6 +176,7 @@ def test_what_cannot_be_followed_is_an_error_and_changes_nothing(touch, message)
     assert is_clean(model)
 
 
+@torch.no_grad()
 def test_an_embedding_is_made_of_the_rows_that_are_read(monkeypatch):
     table = nn.Embedding(1000, 8)
     model = nn.Sequential(table, nn.Linear(8, 1))
@@ -192,6 +199,7 @@ def test_an_embedding_is_made_of_the_rows_that_are_read(monkeypatch):
     optimizer.flush()
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("precision", ["inplace", "split8"])
 def test_a_large_head_is_evaluated_in_chunks(monkeypatch, bias, precision):
@@ -254,6 +262,160 @@ def test_a_closure_that_raises_leaves_nothing_behind(error, at, inside):
     assert is_clean(model)
     assert optimizer.state_dict() == state
     optimizer.step(loss_of(model))
+
+
+class Interrupt:
+    """Ctrl-C at the n-th line of the files that swap parameters."""
+
+    FILES = (layerwise.__file__, watched.__file__)
+
+    def __init__(self, line: int) -> None:
+        self.left = line
+
+    def __call__(self, frame, event, _):
+        if frame.f_code.co_filename not in self.FILES:
+            return None
+        # Signals are not looked at between the end of a block and its __exit__, as traces are.
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        if event == "line" and not line.startswith("with") and not self._is_put_off(frame):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+    def _is_put_off(self, frame) -> bool:
+        """Whether the line is within ``uninterrupted()``."""
+        while frame is not None:
+            if frame.f_code.co_name == "move":
+                return True
+            frame = frame.f_back
+        return False
+
+
+def test_an_interrupt_at_any_line_leaves_nothing_behind():
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 50))
+    before, x = weights(model), torch.tensor([[1, 2, 3]])
+    interrupted = 0
+    for line in range(1, 2000, 3):
+        optimizer = make(model, lr=0.0)
+        tracer = Interrupt(line)
+        sys.settrace(tracer)
+        try:
+            optimizer.step(lambda: F.linear(model(x), model[3].weight.T).sum())
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+        assert same(weights(model), before)
+        assert is_clean(model)
+        assert not watched._readers
+        if tracer.left > 0:
+            break
+    assert interrupted > 50
+
+
+def test_gradients_of_inputs_are_those_at_the_point():
+    """Of weights that a graph remembers; and by torch.func."""
+    model = nn.Sequential(nn.Conv1d(1, 2, 1), nn.Tanh(), nn.Conv1d(2, 1, 1, bias=False))
+    x = torch.ones(1, 1, 1)
+
+    def force(model: nn.Module) -> torch.Tensor:
+        with torch.enable_grad():
+            z = x.clone().requires_grad_()
+            return torch.autograd.grad(model(z).sum(), z)[0].sum()
+
+    def force_of_func(model: nn.Module) -> torch.Tensor:
+        return torch.func.grad(lambda z: model(z).sum())(x).sum()
+
+    for closure in (force, force_of_func):
+        plain, layered = copy.deepcopy(model), copy.deepcopy(model)
+        optimizers = [make(plain, layerwise=False, eps=0.1), make(layered, eps=0.1)]
+        for module, optimizer in zip((plain, layered), optimizers, strict=True):
+            optimizer.step(lambda: closure(module).detach())  # noqa: B023
+        assert optimizers[0].last.losses == pytest.approx(optimizers[1].last.losses, rel=1e-5)
+        assert len(set(optimizers[1].last.losses)) == 2
+        assert is_clean(layered)
+
+
+def test_other_threads_are_refused():
+    model = make_model()
+    before, optimizer = weights(model), make(model)
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    with pool, pytest.raises(RuntimeError, match="for one thread"):
+        optimizer.step(lambda: pool.submit(loss_of(model)).result())
+    assert same(weights(model), before)
+
+
+def test_copies_in_the_middle_of_a_step_are_of_the_weights():
+    model = make_model()
+    optimizer, before = make(model, eps=0.1), weights(model)
+    next(optimizer.ask())
+    other_model, other = copy.deepcopy((model, optimizer))
+    loaded = pickle.loads(pickle.dumps(model))
+    other.flush()
+    optimizer.flush()
+    for module in (model, other_model, loaded):
+        assert same(weights(module), before)
+        loss_of(module)()
+
+
+def test_a_copy_made_by_the_closure_is_a_module_like_others():
+    model, kept = make_model(), {}
+    optimizer = make(model, eps=0.1)
+
+    def closure():
+        reference = kept.setdefault("reference", copy.deepcopy(model))
+        return loss_of(model)() - loss_of(reference)()
+
+    for _ in range(2):
+        optimizer.step(closure)
+    assert len(set(optimizer.last.losses)) == 2
+    assert all(type(param) is nn.Parameter for param in kept["reference"].parameters())
+    pickle.dumps(kept["reference"])
+
+
+class Stop(BaseException):
+    pass
+
+
+def test_an_exception_that_the_closure_catches_ends_no_evaluation():
+    model = nn.Sequential(nn.Linear(4, 1, bias=False))
+    optimizer, x = make(model, eps=0.1), torch.ones(4)
+
+    def stop(*_):
+        raise Stop
+
+    def closure():
+        handle = model[0].register_forward_pre_hook(stop)
+        with contextlib.suppress(Stop):
+            model(x)
+        handle.remove()
+        return model(x).sum()
+
+    optimizer.step(closure)
+    assert len(set(optimizer.last.losses)) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_token_ids_may_be_of_either_dtype(dtype):
+    model = nn.Embedding(20, 8)
+    make(model).step(lambda: model(torch.arange(5, dtype=dtype)).sum())
+
+
+def test_two_optimizers_of_one_module_at_once_are_refused():
+    model = make_model()
+    outer, inner, before = make(model), make(model), weights(model)
+    with pytest.raises(RuntimeError, match=r"0\.weight is being evaluated layerwise by another"):
+        outer.step(lambda: inner.step(loss_of(model)))
+    assert same(weights(model), before)
+    assert is_clean(model)
+
+
+def test_a_state_of_the_other_kind_is_refused():
+    model = make_model(torch.bfloat16)
+    plain = zokern.MeZO(model.named_parameters(), 1e-3)
+    with pytest.raises(ValueError, match="layerwise=True, and this MeZO has layerwise=False"):
+        plain.load_state_dict(make(model).state_dict())
 
 
 def test_nothing_is_left_after_a_step():
@@ -332,6 +494,7 @@ def test_an_optimizer_that_is_dropped_lets_its_module_go():
         ({"fuse_next": True}, "nothing to fuse"),
         ({"precision": "master"}, "leave the weights at rest already"),
         ({"stochastic_rounding": True}, "float32 is stored as"),
+        ({"layerwise": "yes"}, "layerwise must be True, False or None"),
         ({"module": nn.Linear(2, 2)}, "0.weight, 0.bias.* are not among them"),
     ],
 )
@@ -349,8 +512,8 @@ def test_half_precision_is_layerwise_where_the_module_is_given(caplog):
     assert (optimizer.run["precision"], optimizer.run["stochastic_rounding"]) == ("inplace", True)
     assert not any(optimizer.state.values())
     before = weights(model)
-    for _ in optimizer.ask():
-        assert same([t.data for t in weights(copy.deepcopy(model))], before) is False
+    losses = [loss_of(model)() for _ in optimizer.ask()]
+    assert losses[0] != losses[1]
     optimizer.flush()
     assert same(weights(model), before)
     without = zokern.MeZO(make_model(torch.bfloat16).named_parameters(), lr=1e-3)

@@ -98,6 +98,7 @@ class ZOOptimizer(ZOState):
                 seed=seed,
                 law=law,
                 precision=choice.precision,
+                layerwise=choice.layerwise,
                 stochastic_rounding=choice.stochastic_rounding,
                 fuse_next=fuse_next,
                 sign=sign,

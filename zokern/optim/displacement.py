@@ -4,7 +4,7 @@ Restoring, moving to the next point and applying an update are the same operatio
 coefficients. That is why a step of E evaluations needs E + 1 sweeps, and E with ``fuse_next``.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -104,7 +104,7 @@ class Displacement:
         """Another one, of weights that nobody has moved yet."""
         return Displacement()
 
-    def check(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
+    def check(self, named_params: Sequence[tuple[str, Tensor]]) -> None:
         """Raises ValueError if it could not displace these parameters."""
 
     def move(

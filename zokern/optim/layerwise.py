@@ -11,13 +11,16 @@ a weight larger than ``CHUNK`` is evaluated in chunks of its rows.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn import functional
 
 from zokern import ops
@@ -31,7 +34,7 @@ from zokern.optim.displacement import (
     never,
 )
 from zokern.optim.interrupts import uninterrupted
-from zokern.optim.watched import Watched, unwatch, watch
+from zokern.optim.watched import Watched, check_unwatched, unwatch, watch
 
 # In bytes, by device. A processor's are as large as its caches, so that what is written there is
 # read there.
@@ -66,7 +69,7 @@ class LayerwiseDisplacement(Displacement):
     def fresh(self) -> "LayerwiseDisplacement":
         return LayerwiseDisplacement(self.module)
 
-    def check(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
+    def check(self, named_params: Sequence[tuple[str, Tensor]]) -> None:
         own = {id(param) for param in self.module.parameters()}
         missing = [name for name, param in named_params if id(param) not in own]
         if missing:
@@ -75,6 +78,12 @@ class LayerwiseDisplacement(Displacement):
                 f"layerwise=True evaluates the parameters of module=; {', '.join(missing[:8])}"
                 f"{more} are not among them"
             )
+        for name, param in named_params:
+            if type(param).__torch_function__ != nn.Parameter.__torch_function__:
+                raise ValueError(
+                    f"layerwise=True takes plain parameters; {name} is a {type(param).__name__}, "
+                    "which has functions of its own: take layerwise=False"
+                )
         for name, module in self.module.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise ValueError(
@@ -133,14 +142,31 @@ class Lent:
     """What a running forward was lent."""
 
     layer: Layer
-    members: list[int]
+    # Of each member the address of what it was lent.
+    addresses: dict[int, int]
     buffer: Tensor | None = None
+
+
+class Hook:
+    """Runs before or after a layer's forward; a copy of the module has none."""
+
+    def __init__(self, run: Callable[["Layer"], None] | None, layer: "Layer | None") -> None:
+        self._run, self._layer = run, layer
+
+    def __call__(self, *_: object) -> None:
+        if self._run is not None and self._layer is not None:
+            self._run(self._layer)
+
+    def __reduce__(self) -> tuple:
+        return Hook, (None, None)
 
 
 class View:
     """What a module's readers see of its parameters until it is closed."""
 
     def __init__(self, module: nn.Module, members: list[Member]) -> None:
+        for member in members:
+            check_unwatched(member.param)
         self._members = members
         self._index = {id(member.param): i for i, member in enumerate(members)}
         self._names = {id(param): name for name, param in module.named_parameters()}
@@ -149,6 +175,7 @@ class View:
         self._running: list[Lent] = []
         self._undo: list[Callable[[], object]] = []
         self._point: Point | None = None
+        self._thread = threading.get_ident()
         with uninterrupted():
             try:
                 for layer in layers(module, self._index):
@@ -161,6 +188,9 @@ class View:
 
     def show(self, point: Point) -> None:
         """From now on the parameters seem to be there."""
+        # What a closure has caught may have ended a forward without its hook.
+        while self._running:
+            self._end(self._running.pop())
         self._point = point
         # A cast that autocast has kept would show the weights of before.
         torch.clear_autocast_cache()
@@ -169,19 +199,20 @@ class View:
         """The parameters are what they were; nothing is left of the view."""
         for undo in self._undo:
             undo()
-        while self._running:
-            self._end(self._running.pop())
-        for member in self._members:
+        for member, stored in zip(self._members, self._stored, strict=True):
             unwatch(member.param)
+            # Whatever is running: an interrupt may have come between any two of its statements.
+            if member.param.data_ptr() != stored.data_ptr():
+                member.param.data = stored
         torch.clear_autocast_cache()
 
     def _hook(self, layer: Layer) -> None:
         module = layer.module
         compiled = getattr(module, "_compiled_call_impl", None)
         if compiled is None:
-            before = module.register_forward_pre_hook(lambda *_: self._begin(layer), prepend=True)
+            before = module.register_forward_pre_hook(Hook(self._begin, layer), prepend=True)
             self._undo.append(before.remove)
-            after = module.register_forward_hook(lambda *_: self._finish(layer), always_call=True)
+            after = module.register_forward_hook(Hook(self._finish, layer), always_call=True)
             self._undo.append(after.remove)
             return
 
@@ -198,15 +229,18 @@ class View:
 
     def _begin(self, layer: Layer) -> None:
         """Of a forward: what it reads is written to a buffer."""
+        self._check_thread()
         params = [(i, self._members[i].param) for i in layer.members]
         members = [i for i, param in params if isinstance(param, Watched)]
-        lent = Lent(layer, members)
+        lent = Lent(layer, {})
         self._running.append(lent)
-        if not members:
+        if not members or (_keeps_what_it_reads() and not _is_compiled(layer.module)):
+            # In the latter case each operation is given a buffer of its own.
             return
         lent.buffer, tensors = self._scratch.lend([self._stored[i] for i in members])
         self._write(members, tensors)
         for i, tensor in zip(members, tensors, strict=True):
+            lent.addresses[i] = tensor.data_ptr()
             unwatch(self._members[i].param)
             self._members[i].param.data = tensor
 
@@ -214,20 +248,38 @@ class View:
         """Of a forward; of those inside it too, where an interrupt has ended them."""
         if not any(lent.layer is layer for lent in self._running):
             return
+        written: list[int] = []
         while True:
             lent = self._running.pop()
-            self._end(lent)
+            written += self._end(lent)
             if lent.layer is layer:
-                return
+                break
+        if written:
+            raise RuntimeError(
+                f"{self.name_of(self._members[written[0]].param)} was written to while it was "
+                "evaluated: the closure must leave the weights alone"
+            )
 
-    def _end(self, lent: Lent) -> None:
-        for i in lent.members:
+    def _end(self, lent: Lent) -> list[int]:
+        """Put the members back; those that somebody has given other data."""
+        written = []
+        for i, address in lent.addresses.items():
             param = self._members[i].param
             if not isinstance(param, Watched):
+                if param.data_ptr() != address:
+                    written.append(i)
                 param.data = self._stored[i]
                 watch(param, self)
         if lent.buffer is not None:
             self._scratch.take_back(lent.buffer)
+        return written
+
+    def _check_thread(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(
+                "layerwise evaluation swaps parameters in and out, for one thread: evaluate on the "
+                "thread that called step or ask, or take layerwise=False"
+            )
 
     def _write(self, members: list[int], outs: list[Tensor]) -> None:
         """The members' perturbed values."""
@@ -264,16 +316,22 @@ class View:
         )
 
     def name_of(self, param: Tensor) -> str:
-        return self._names[id(param)]
+        return self._names.get(id(param), "a parameter that its module had")
+
+    def at_rest(self, param: Tensor) -> Tensor:
+        return self._stored[self._index[id(param)]]
 
     def lend(self, param: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_thread()
         i = self._index[id(param)]
-        buffer, tensors = self._scratch.lend([self._stored[i]])
-        self._write([i], tensors)
+        with _outside_functorch():
+            buffer, tensors = self._scratch.lend([self._stored[i]])
+            self._write([i], tensors)
         return tensors[0], buffer
 
     def take_back(self, buffer: Tensor) -> None:
-        self._scratch.take_back(buffer)
+        with _outside_functorch():
+            self._scratch.take_back(buffer)
 
     def instead(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         if func is functional.embedding:
@@ -295,7 +353,9 @@ class View:
         i = self._index.get(id(weight))
         if i is None or max_norm is not None or isinstance(input, Watched):
             return NotImplemented
-        numbers, places = torch.unique(input, return_inverse=True)
+        if _in_functorch():
+            return NotImplemented
+        numbers, places = torch.unique(input.long(), return_inverse=True)
         rows, residual, dense = self._parts(i, lambda t: t.index_select(0, numbers))
         width = weight.shape[1]
         out = torch.empty_like(rows)
@@ -309,6 +369,8 @@ class View:
         """In chunks of rows of the weight."""
         i = self._index.get(id(weight))
         if i is None or not is_chunked(self._stored[i]) or isinstance(input, Watched):
+            return NotImplemented
+        if input.is_nested or (isinstance(bias, Watched) and id(bias) not in self._index):
             return NotImplemented
         count, width = weight.shape
         if isinstance(bias, Watched):
@@ -404,11 +466,31 @@ def _has_forward(module: nn.Module) -> bool:
 
 def _is_whole(module: nn.Module) -> bool:
     """Whether it reads the parameters of its parts itself, or lets nothing be hooked inside."""
+    return _is_compiled(module) or isinstance(module, WHOLE)
+
+
+def _is_compiled(module: nn.Module) -> bool:
     # Whoever has compiled something has imported this, which takes its time.
     dynamo = sys.modules.get("torch._dynamo")
-    compiled = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
-    in_place = getattr(module, "_compiled_call_impl", None) is not None
-    return compiled or in_place or isinstance(module, WHOLE)
+    wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    return wrapped or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _keeps_what_it_reads() -> bool:
+    """Whether what is read now may be wanted again after the layer's forward, or is wrapped.
+
+    A graph for gradients, with respect to inputs, remembers the parameter itself.
+    """
+    return torch.is_grad_enabled() or _in_functorch()
+
+
+def _in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _outside_functorch() -> AbstractContextManager:
+    """What is made inside belongs to no transformation that is under way."""
+    return temporarily_clear_interpreter_stack() if _in_functorch() else nullcontext()
 
 
 def _is_read_in_parts(module: nn.Module, param: Tensor) -> bool:

@@ -51,7 +51,8 @@ class MeZO(ZOOptimizer):
         maximize: maximize the loss.
         common_random_numbers: evaluate all points of a step under the same state of torch's random
             generators; see :meth:`step`.
-        module: the module that is trained, for ``layerwise``; its ``state_dict`` flushes first.
+        module: the module that is trained, for ``layerwise``; with ``fuse_next`` its ``state_dict``
+            flushes first.
         trajectory: a :class:`zokern.Trajectory` that records each step.
 
     Example::

@@ -61,6 +61,9 @@ def choose(
     Raises:
         ValueError: for what does not go together.
     """
+    for name, given in (("layerwise", layerwise), ("stochastic_rounding", stochastic_rounding)):
+        if given is not None and not isinstance(given, bool):
+            raise ValueError(f"{name} must be True, False or None, not {given!r}")
     dtypes = () if module is None else {param.dtype for param in module.parameters()}
     halves = [dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)]
     if layerwise is None:

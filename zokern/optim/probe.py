@@ -49,7 +49,7 @@ def fidelity(
             seen_square += float(seen @ seen) * numel / count
             wanted_square += float(wanted @ wanted) * numel / count
     norms = (seen_square * wanted_square) ** 0.5
-    return inner / norms if norms else 0.0
+    return inner / norms if 0 < norms < float("inf") else 0.0
 
 
 def _values(member: Member, count: int) -> Iterator[tuple[int, Tensor, torch.dtype]]:

@@ -10,8 +10,8 @@ from zokern.optim.parameters import is_number
 from zokern.optim.precision import PRECISIONS
 
 SETTINGS = (
-    *("eps", "samples", "seed", "law", "precision", "stochastic_rounding", "fuse_next", "sign"),
-    "common_random_numbers",
+    *("eps", "samples", "seed", "law", "precision", "layerwise", "stochastic_rounding"),
+    *("fuse_next", "sign", "common_random_numbers"),
 )
 COUNTERS = ("step", "draws", "skipped")
 # How many sweeps have rounded stochastically: the draw of the next one's bits.
@@ -28,6 +28,7 @@ def run_settings(
     seed: int | None,
     law: str,
     precision: str,
+    layerwise: bool,
     stochastic_rounding: bool,
     fuse_next: bool,
     sign: bool,
@@ -51,6 +52,7 @@ def run_settings(
         "seed": run_seed(seed),
         "law": law,
         "precision": precision,
+        "layerwise": bool(layerwise),
         "stochastic_rounding": bool(stochastic_rounding),
         "fuse_next": bool(fuse_next),
         "sign": bool(sign),

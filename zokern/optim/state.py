@@ -287,6 +287,11 @@ class ZOState(Optimizer):
         if saved_run["method"] != owner:
             raise ValueError(f"not a state of {owner}, but of {saved_run['method']}")
         run_settings(**{key: saved_run[key] for key in SETTINGS})
+        if saved_run["layerwise"] != self.run["layerwise"]:
+            raise ValueError(
+                f"the state is of a run with layerwise={saved_run['layerwise']}, and this "
+                f"{owner} has layerwise={self.run['layerwise']}: give the constructor the same"
+            )
         check_names(self.param_groups, state_dict["param_groups"])
         self._check_shapes(state_dict)
         self._drop_step()

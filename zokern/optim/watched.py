@@ -1,5 +1,6 @@
 """Parameters that are told when somebody reads them, for the time of an evaluation."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -28,6 +29,9 @@ class Reader(Protocol):
     def name_of(self, param: Tensor) -> str:
         """The parameter's name, for messages."""
 
+    def at_rest(self, param: Tensor) -> Tensor:
+        """The parameter as it is stored."""
+
     def instead(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """The result, where no whole parameter need be made for it; or NotImplemented."""
 
@@ -55,8 +59,16 @@ class Watched:
             return _read(func, args, kwargs)
 
     def __deepcopy__(self, memo: dict) -> nn.Parameter:
-        copy = nn.Parameter(self.data.clone(), self.requires_grad)  # type: ignore[attr-defined]
-        return memo.setdefault(id(self), copy)
+        return memo.setdefault(id(self), copy.deepcopy(self._at_rest(), memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._at_rest().__reduce_ex__(protocol)
+
+    def _at_rest(self) -> nn.Parameter:
+        # Copies are of the weights: an optimizer that is copied with them stands at rest too.
+        with torch._C.DisableTorchFunctionSubclass():
+            stored = _readers[id(self)].at_rest(self)  # type: ignore[arg-type]
+            return nn.Parameter(stored, self.requires_grad)  # type: ignore[attr-defined]
 
 
 def _is_passive(func: Callable) -> bool:
@@ -110,6 +122,14 @@ def _name(param: Tensor) -> str:
 _classes: dict[type, type] = {}
 
 
+def check_unwatched(param: Tensor) -> None:
+    """Raises RuntimeError if somebody watches it already."""
+    if id(param) in _readers:
+        raise RuntimeError(
+            f"{_name(param)} is being evaluated layerwise by another optimizer: end its step first"
+        )
+
+
 def watch(param: Tensor, reader: Reader) -> None:
     """Let the reader decide, from now on, what the parameter's readers see."""
     own = type(param)
@@ -123,4 +143,4 @@ def unwatch(param: Tensor) -> None:
     """Make it what it was."""
     if isinstance(param, Watched):
         param.__class__ = type(param).__mro__[2]
-        del _readers[id(param)]
+    _readers.pop(id(param), None)
