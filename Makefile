@@ -1,6 +1,7 @@
 # make test    everything that this machine can check, in an environment of its own
 # make demo    fine-tune a sentence encoder with forward passes only (about ten minutes)
 # make compare the methods beside each other at equal numbers of evaluations (about ten minutes)
+# make precisions  MeZO in bfloat16 beside float32 (about ten minutes)
 # make zopro   align a small language model with forward passes only (a few minutes)
 # make align   align a small language model by DPO, IPO and KTO, and see what it forgets
 #              (five to fifteen minutes on two cores)
@@ -19,7 +20,7 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test check demo compare zopro align bench wheel format clean
+.PHONY: test check demo compare precisions zopro align bench wheel format clean
 
 test: check $(VENV)/test
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -41,6 +42,9 @@ align: $(VENV)/examples
 
 compare: $(VENV)/examples
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/compare_methods.py
+
+precisions: $(VENV)/examples
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/compare_precisions.py
 
 bench: $(VENV)/bench
 	$(BIN)/python -m pytest benchmarks

@@ -158,7 +158,8 @@ class HeadTask:
         lengths = torch.tensor([len(text) for text in texts])
         owner = torch.arange(len(texts)).repeat_interleave(lengths)
         inner, outer = head.dense.in_features, head.dense.out_features
-        states = head(*torch.cat(texts).split((inner, outer), dim=-1))
+        read = torch.cat(texts).to(head.dense.weight.dtype)
+        states = head(*read.split((inner, outer), dim=-1)).float()
         sums = torch.zeros(len(texts), outer).index_add_(0, owner, states)
         vectors = F.normalize(sums, dim=-1)
         return TEMPERATURE * vectors[: -len(self.areas)] @ vectors[-len(self.areas) :].T
