@@ -2,8 +2,8 @@
 
 The tasks are the last block of the sentence encoder of compare_methods.py (591k weights), and a
 small language model (320k weights) that has been pretrained on some of Python's documentation
-topics and goes on to others. Each is run at two learning rates: at one the updates are larger than
-an ulp of the weights in bfloat16, at the other they are smaller.
+topics and learns to name others. Each is run at two learning rates: at one the updates are larger
+than an ulp of the weights in bfloat16, at the other they are smaller. They fall to 0 linearly.
 
 All runs of a seed see the same batches and the same directions, and start from the same weights:
 those of bfloat16, for float32 too. Losses are computed in float32 from what the model puts out;
@@ -50,7 +50,7 @@ PRETRAINING_STEPS = 300
 OTHER_TOPICS = ("formatstrings", "string-methods", "typesmapping", "typesseq")
 HELD_OUT = 4  # one paragraph of the other topics in this many
 WORDS, QUESTIONS = 8, 8  # in a question, and in a batch
-MEASURED = 96  # questions on each part to measure losses on
+MEASURED = 96  # held-out questions
 MEASUREMENTS = 5  # of the losses in the course of a run
 
 
@@ -63,7 +63,7 @@ class Run(compare_methods.Run):
 
 
 class Task(Protocol):
-    """``rates`` are two learning rates, the larger first."""
+    """``rates`` are the best learning rate and one whose steps are smaller than an ulp."""
 
     rates: tuple[float, float]
     model: nn.Module
@@ -101,10 +101,8 @@ class Topics:
         other = [(topic, line) for topic, line in found if topic in OTHER_TOPICS]
         self.tokenizer = small_tokenizer(known)
         self.train = other[len(other) // HELD_OUT :]
-        self.measured = [
-            self._questions(Questions(part, seed=0), MEASURED)
-            for part in (self.train, other[: len(other) // HELD_OUT])
-        ]
+        held_out = Questions(other[: len(other) // HELD_OUT], seed=0)
+        self.held_out = self._questions(held_out, MEASURED)
         self.model = self._pretrained(known)
 
     def _pretrained(self, lines: list[str]) -> nn.Module:
@@ -153,10 +151,8 @@ class Topics:
     def measure(self, model: nn.Module, run: Run, evaluations: int, seconds: float) -> None:
         run.evaluations.append(evaluations)
         run.seconds.append(seconds)
-        train, held_out = (self._answers(model, batch) for batch in self.measured)
-        run.train_loss.append(F.cross_entropy(*train).item())
-        run.held_out_loss.append(F.cross_entropy(*held_out).item())
-        scores, tokens = held_out
+        scores, tokens = self._answers(model, self.held_out)
+        run.held_out_loss.append(F.cross_entropy(scores, tokens).item())
         run.accuracy.append((scores.argmax(dim=1) == tokens).float().mean().item())
 
 
@@ -293,58 +289,74 @@ def compare(tasks: dict[str, Task], args: argparse.Namespace, runs: list[Run]) -
                     progress.update()
 
 
-def by_rate(runs: Iterable[Run]) -> dict[tuple[str, float], dict[str, list[Run]]]:
-    """The runs of each configuration, by task and learning rate."""
-    groups: dict[tuple[str, float], list[Run]] = {}
+# The runs of each configuration, by learning rate.
+Rates = dict[float, dict[str, list[Run]]]
+
+
+def by_task(runs: Iterable[Run]) -> dict[str, Rates]:
+    groups: dict[str, dict[float, list[Run]]] = {}
     for run in runs:
-        groups.setdefault((run.task, run.lr), []).append(run)
-    return {key: by_method(group) for key, group in groups.items()}
+        groups.setdefault(run.task, {}).setdefault(run.lr, []).append(run)
+    return {
+        task: {lr: by_method(group) for lr, group in rates.items()}
+        for task, rates in groups.items()
+    }
 
 
-def behind(group: list[Run], reference: list[Run]) -> tuple[float, float]:
-    """By how much held-out losses exceed those of the reference, seed by seed."""
+def median_update(groups: dict[str, list[Run]]) -> float:
+    """In ulps, where nothing is lost."""
+    return statistics.median(run.update for run in groups["float32"])
+
+
+def cells(group: list[Run], reference: list[Run]) -> list[str]:
+    """The held-out loss, by how much it exceeds the reference's, seed by seed, and accuracy."""
+    if not group:
+        return ["", "", ""]
     loss_of = {run.seed: run.held_out_loss[-1] for run in reference}
-    return mean_and_spread(
-        run.held_out_loss[-1] - loss_of[run.seed] for run in group if run.seed in loss_of
+    loss, loss_spread = mean_and_spread(run.held_out_loss[-1] for run in group)
+    more, more_spread = mean_and_spread(run.held_out_loss[-1] - loss_of[run.seed] for run in group)
+    right, right_spread = mean_and_spread(100 * run.accuracy[-1] for run in group)
+    return [
+        f"{loss:.4f} ± {loss_spread:.4f}",
+        "" if group is reference else f"{more:+.4f} ± {more_spread:.4f}",
+        f"{right:.1f} ± {right_spread:.1f}",
+    ]
+
+
+def table(task: str, rates: Rates) -> str:
+    """In Markdown, a line a configuration."""
+    groups = next(iter(rates.values()))
+    first = groups["float32"][0]
+    header = ["weights", "bytes"]
+    for lr, of_rate in rates.items():
+        update = f"lr {lr:.2g} ({median_update(of_rate):.2g} ulps)"
+        header += [f"{update}: held-out loss", "behind float32", "accuracy, %"]
+    rows = [header, ["---"] * len(header)]
+    for name in groups:
+        row = [name, str(CONFIGURATIONS[name].bytes)]
+        for of_rate in rates.values():
+            row += cells(of_rate.get(name, []), of_rate["float32"])
+        rows.append(row)
+    return "\n".join(
+        [
+            f"{task}, {first.evaluations[-1]} evaluations, from a held-out loss of "
+            f"{first.held_out_loss[0]:.4f} and an accuracy of {100 * first.accuracy[0]:.1f}%\n",
+            *(f"| {' | '.join(row)} |" for row in rows),
+        ]
     )
 
 
-def tables(runs: list[Run]) -> str:
-    """In Markdown, one for each task and learning rate."""
-    lines: list[str] = []
-    for (task, lr), groups in by_rate(runs).items():
-        reference = groups["float32"]
-        before = reference[0].held_out_loss[0], 100 * reference[0].accuracy[0]
-        ulps = statistics.median(run.update for run in reference)
-        lines += [
-            f"\n{task}, lr {lr:.2g}: the median update is {ulps:.2g} ulps; held-out loss and "
-            f"accuracy start at {before[0]:.4f} and {before[1]:.1f}%\n",
-            "| weights | bytes | held-out loss | behind float32 | accuracy, % |",
-            "|---|---|---|---|---|",
-        ]
-        for name, group in groups.items():
-            loss, loss_spread = mean_and_spread(run.held_out_loss[-1] for run in group)
-            right, right_spread = mean_and_spread(100 * run.accuracy[-1] for run in group)
-            less, less_spread = behind(group, reference)
-            difference = "" if name == "float32" else f"{less:+.4f} ± {less_spread:.4f}"
-            lines.append(
-                f"| {name} | {CONFIGURATIONS[name].bytes} | {loss:.4f} ± {loss_spread:.4f} "
-                f"| {difference} | {right:.1f} ± {right_spread:.1f} |"
-            )
-    return "\n".join(lines).lstrip()
-
-
 def plot(runs: list[Run], path: Path) -> None:
-    panels = by_rate(runs)
-    figure, axes_of = plt.subplots(2, (len(panels) + 1) // 2, figsize=(11, 8), squeeze=False)
-    for axes, ((task, lr), groups) in zip(axes_of.flat, panels.items(), strict=False):
+    tasks = by_task(runs)
+    figure, axes_of = plt.subplots(len(tasks), 2, figsize=(11, 1 + 3.5 * len(tasks)), squeeze=False)
+    panels = [(task, lr, groups) for task, rates in tasks.items() for lr, groups in rates.items()]
+    for axes, (task, lr, groups) in zip(axes_of.flat, panels, strict=False):
         for name, group in groups.items():
             losses = zip(*(run.held_out_loss for run in group), strict=True)
             means = [statistics.fmean(of_seeds) for of_seeds in losses]
             axes.plot(group[0].evaluations, means, label=name, lw=1.5, **CONFIGURATIONS[name].style)
-        ulps = statistics.median(run.update for run in groups["float32"])
         axes.set(xlabel="evaluations", ylabel="held-out loss")
-        axes.set_title(f"{task}, lr {lr:.2g}: updates of {ulps:.2g} ulps", fontsize=10)
+        axes.set_title(f"{task}, lr {lr:.2g}: updates of {median_update(groups):.2g} ulps")
         axes.grid(alpha=0.3)
     labels = axes_of[0, 0].get_legend_handles_labels()
     figure.legend(*labels, loc="lower center", ncols=3, frameon=False)
@@ -361,7 +373,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--evaluations", type=positive(int), default=480, help="of each run")
+    parser.add_argument("--evaluations", type=positive(int), default=360, help="of each run")
     parser.add_argument("--out", type=Path, default=Path("compare_precisions.png"), help="the plot")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     parser.add_argument("--redraw", type=Path, help="show what --json wrote instead of running")
@@ -397,7 +409,8 @@ def main() -> None:
     if runs:
         plot(runs, args.out)
         print(f"curves: {args.out}")
-        print(tables(runs))
+        for task, rates in by_task(runs).items():
+            print(f"\n{table(task, rates)}")
 
 
 if __name__ == "__main__":
