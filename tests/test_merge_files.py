@@ -202,6 +202,9 @@ def test_the_command_says_what_is_wrong_and_leaves_nothing(tmp_path):
 
 SLOW = """
 import sys, time
+import signal
+# A background job begins with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from zokern import __main__, ops
 merge = ops.merge_deltas
 def slow(*arguments, **given):
