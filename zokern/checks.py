@@ -314,7 +314,7 @@ def check_disjoint(operands: Operands) -> None:
     # Sorted by where they begin, an operand overlaps one that is written only if it begins before
     # the end of everything before it.
     spans = sorted(
-        (*_span(tensor), f"{name}[{i}]", is_written)
+        (*span(tensor), f"{name}[{i}]", is_written)
         for name, i, tensor, is_written in operands
         if tensor.numel() > 0
     )
@@ -332,7 +332,7 @@ def check_disjoint(operands: Operands) -> None:
             furthest_written = max(furthest_written, (end, name))
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def span(tensor: Tensor) -> tuple[int, int]:
     """The addresses that a tensor's elements lie between."""
     start = tensor.data_ptr()
     if tensor.is_contiguous():

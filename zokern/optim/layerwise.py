@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from zokern import ops
 from zokern.memory import Scratch
+from zokern.optim.aliases import check_aliases
 from zokern.optim.displacement import (
     Coefficients,
     Displacement,
@@ -90,6 +91,7 @@ class LayerwiseDisplacement(Displacement):
                     f"layerwise=True hooks layers, and {name or 'the module'} is scripted, which "
                     "has no hooks: take layerwise=False"
                 )
+        check_aliases(self.module, [(n, param) for n, param in named_params if param.requires_grad])
 
     def move(
         self,
@@ -170,6 +172,7 @@ class View:
         self._members = members
         self._index = {id(member.param): i for i, member in enumerate(members)}
         self._names = {id(param): name for name, param in module.named_parameters()}
+        check_aliases(module, [(self.name_of(m.param), m.param) for m in members])
         self._stored = [member.param.data for member in members]
         self._scratch = Scratch()
         self._running: list[Lent] = []
