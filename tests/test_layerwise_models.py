@@ -1,6 +1,7 @@
 """Layerwise evaluation of real models: nothing is missed, nothing is left behind."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -77,23 +78,80 @@ def test_losses_are_those_of_a_sweep_in_place(name, dtype):
     assert is_clean(model)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("at", [1, 2])
-def test_a_closure_that_raises_leaves_the_weights(name, at):
-    model = build(name, torch.bfloat16)
-    before = weights(model)
-    optimizer = make(model, precision="inplace")
-    calls = []
+def compiled_layers(dtype: torch.dtype) -> nn.Module:
+    torch._dynamo.reset()
+    model = make_decoder(dtype)
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    return model
 
-    def closure():
-        calls.append(1)
-        loss = language_loss(model)()
-        if len(calls) == at:
+
+def adapted(dtype: torch.dtype) -> nn.Module:
+    pytest.importorskip("peft")
+    return make_lora(dtype)
+
+
+def score_of_generated(model: nn.Module):
+    """How likely what the model generates is; it reads its weights for each token anew."""
+
+    def closure() -> torch.Tensor:
+        out = model.generate(
+            TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0,
+            output_scores=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        return torch.stack(out.scores).float().logsumexp(-1).mean()
+
+    return closure
+
+
+# What else is evaluated, and how.
+EVALUATED = {name: (functools.partial(build, name), language_loss) for name in MODELS} | {
+    "adapters": (adapted, language_loss),
+    "compiled layers": (compiled_layers, language_loss),
+    "generation with a cache": (make_decoder, score_of_generated),
+}
+
+
+@pytest.mark.parametrize("where", ["in the forward", "after it", "never"])
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluations_leave_the_stored_weights_alone(name, where):
+    make_model, closure_of = EVALUATED[name]
+    model = make_model(torch.bfloat16)
+    before = [param.detach().clone() for param in model.parameters()]
+    stored = [param.data for param in model.parameters()]
+    trained = [(n, param) for n, param in model.named_parameters() if param.requires_grad]
+    optimizer = zokern.MeZO(trained, lr=1e-2, eps=0.1, samples=2, module=model)
+    assert optimizer.run["layerwise"]
+    evaluate, losses, failing = closure_of(model), [], []
+
+    def fail(*_):
+        if failing:
             raise RuntimeError("stop")
-        return loss
 
-    with pytest.raises(RuntimeError, match="stop"):
-        optimizer.step(closure)
+    def closure(at: int) -> torch.Tensor:
+        is_last = len(losses) == at
+        if is_last and where == "in the forward":
+            failing.append(at)
+        losses.append(evaluate())
+        assert same(stored, before)
+        if is_last:
+            raise RuntimeError("stop")
+        return losses[-1]
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(fail)
+    for at in range(4) if where != "never" else ():
+        with pytest.raises(RuntimeError, match="stop"):
+            optimizer.step(lambda: closure(at))  # noqa: B023
+        assert len(losses) == at + (where == "after it")
+        assert same(weights(model), before)
+        losses.clear()
+        failing.clear()
+    handle.remove()
+    for _ in optimizer.ask():
+        losses.append(evaluate().item())
+        assert same(stored, before)
+    optimizer.flush()
+    assert len(set(losses)) > 1
     assert same(weights(model), before)
     assert is_clean(model)
 
