@@ -1,10 +1,11 @@
 """Peak memory of a step, beside that of a forward pass: each precision, MeZO's arithmetic, AdamW.
 
-    python -m benchmarks.memory --model opt-125m --plot docs/memory.png
+    python -m benchmarks.memory --plot docs/memory.png
 
 Each configuration runs in a process of its own. On a CPU the peak is the largest resident size
 after the model was built, less what Python and torch take; on a GPU what torch's allocator says.
-The weights are random: memory does not depend on them.
+The weights are random: memory does not depend on them. A layerwise step should take no more than
+1.05 times the forward pass and the largest layer.
 """
 
 import argparse
@@ -17,11 +18,43 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-MODELS = {
-    "opt-125m": {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12},
-    "opt-1.3b": {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24},
-    "opt-13b": {"hidden_size": 5120, "ffn_dim": 20480, "num_hidden_layers": 40},
-}
+
+def opt(width: int, layers: int) -> dict[str, int]:
+    return {
+        "hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width,
+        "num_hidden_layers": layers, "num_attention_heads": width // 64,
+    }  # fmt: skip
+
+
+# Class, configuration and what is not its default.
+MODELS: dict[str, tuple[str, str, dict]] = {
+    "opt-125m": ("OPTForCausalLM", "OPTConfig", opt(768, 12)),
+    "opt-1.3b": ("OPTForCausalLM", "OPTConfig", opt(2048, 24)),
+    "opt-13b": ("OPTForCausalLM", "OPTConfig", opt(5120, 40)),
+    "qwen2-0.5b": (
+        "Qwen2ForCausalLM", "Qwen2Config",
+        {
+            "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+            "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama-3.2-1b": (
+        "LlamaForCausalLM", "LlamaConfig",
+        {
+            "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+            "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "bert-base": ("BertForMaskedLM", "BertConfig", {}),
+    "t5-base": (
+        "T5ForConditionalGeneration", "T5Config",
+        {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12,
+         "decoder_start_token_id": 0},
+    ),
+}  # fmt: skip
+MEASURED = ("opt-125m", "qwen2-0.5b", "bert-base", "t5-base")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OURS = {
     "in place": {"precision": "inplace", "stochastic_rounding": False},
@@ -38,15 +71,12 @@ CONFIGURATIONS = ("forward", "MeZO's arithmetic", *OURS, "AdamW")
 def build(name: str, dtype: torch.dtype, device: str) -> nn.Module:
     import transformers
 
-    width = MODELS[name]["hidden_size"]
-    config = transformers.OPTConfig(
-        **MODELS[name], num_attention_heads=width // 64, word_embed_proj_dim=width
-    )
+    cls, config, settings = MODELS[name]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return transformers.OPTForCausalLM(config).eval()
+            return getattr(transformers, cls)(getattr(transformers, config)(**settings)).eval()
     finally:
         torch.set_default_dtype(before)
 
@@ -96,17 +126,17 @@ def resident(which: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(which))
 
 
-def measure(configuration: str, args: argparse.Namespace) -> dict[str, float]:
-    """Bytes of the weights, of the largest layer, and the peak of two steps."""
+def measure(name: str, configuration: str, args: argparse.Namespace) -> dict[str, float]:
+    """The number of weights, the bytes of the largest layer, and those of the peak of two steps."""
     on_cpu = args.device == "cpu"
     import transformers  # noqa: F401
 
     import zokern  # noqa: F401
 
     before = resident("VmRSS")
-    model = build(args.model, DTYPES[args.dtype], args.device)
+    model = build(name, DTYPES[args.dtype], args.device)
     tokens = torch.randint(0, model.config.vocab_size, (1, args.tokens), device=args.device)
-    step = steps(configuration, model, lambda: model(tokens, labels=tokens).loss.float())
+    step = steps(configuration, model, lambda: model(input_ids=tokens, labels=tokens).loss.float())
     if on_cpu:
         Path("/proc/self/clear_refs").write_text("5")
     else:
@@ -115,7 +145,7 @@ def measure(configuration: str, args: argparse.Namespace) -> dict[str, float]:
         step()
     sizes = [sum(p.nbytes for p in m.parameters(recurse=False)) for m in model.modules()]
     return {
-        "weights": sum(param.nbytes for param in model.parameters()),
+        "numel": sum(param.numel() for param in model.parameters()),
         "largest_layer": max(sizes),
         "peak": resident("VmHWM") - before if on_cpu else torch.cuda.max_memory_allocated(),
     }
@@ -123,7 +153,7 @@ def measure(configuration: str, args: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=MODELS, default="opt-125m")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MEASURED)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=128)
@@ -132,43 +162,54 @@ def main() -> None:
     parser.add_argument("--only", choices=CONFIGURATIONS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        print(json.dumps(measure(args.only, args)))
+        print(json.dumps(measure(args.models[0], args.only, args)))
         return
-    results = {}
-    for configuration in CONFIGURATIONS:
-        run = subprocess.run(
-            [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:], "--only", configuration],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        results[configuration] = json.loads(run.stdout.splitlines()[-1])
-        if len(results) == 1:
-            print(f"{args.model}, {args.dtype}, {args.tokens} tokens, {args.device}\n")
-            print("| | peak, MB | of the forward pass | less it, bytes per parameter |")
-            print("|---|---|---|---|")
-        print(row(configuration, results, DTYPES[args.dtype].itemsize), flush=True)
-    largest = results["forward"]["largest_layer"]
-    print(f"\nThe largest layer takes {largest / 1e6:.0f} MB.")
+    print(f"Peak memory of a step in MB; {args.dtype}, {args.tokens} tokens, {args.device}\n")
+    print("| |", " | ".join(CONFIGURATIONS), "| bound of layerwise | |")
+    print("|---" * (len(CONFIGURATIONS) + 3) + "|")
+    results: dict[str, dict[str, dict]] = {}
+    for name in args.models:
+        results[name] = {it: in_a_process(name, it) for it in CONFIGURATIONS}
+        print(row(name, results[name]), flush=True)
     if args.json:
         args.json.write_text(json.dumps({"settings": vars(args), "peaks": results}, default=str))
     if args.plot:
         plot(results, args)
 
 
-def row(configuration: str, results: dict, itemsize: int) -> str:
-    peak, forward = results[configuration]["peak"], results["forward"]["peak"]
-    numel = results["forward"]["weights"] / itemsize
-    more = (peak - forward) / numel
-    return f"| {configuration} | {peak / 1e6:.0f} | {peak / forward:.2f} | {more:.2f} |"
+def in_a_process(name: str, configuration: str) -> dict[str, float]:
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.memory", *sys.argv[1:]),
+            *("--models", name, "--only", configuration),
+        ],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(run.stdout.splitlines()[-1])
 
 
-def plot(results: dict, args: argparse.Namespace) -> None:
+def row(name: str, results: dict[str, dict]) -> str:
+    forward, layerwise = results["forward"], results["layerwise"]
+    bound = 1.05 * (forward["peak"] + forward["largest_layer"])
+    peaks = " | ".join(f"{result['peak'] / 1e6:.0f}" for result in results.values())
+    holds = "holds" if layerwise["peak"] <= bound else "missed"
+    size = f"{forward['numel'] / 1e6:.0f}M"
+    return f"| {name} ({size}) | {peaks} | {bound / 1e6:.0f} | {holds} |"
+
+
+def plot(results: dict[str, dict[str, dict]], args: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
 
-    names = list(results)[::-1]
-    figure, axes = plt.subplots(figsize=(7, 3.5))
-    axes.barh(names, [results[name]["peak"] / 1e6 for name in names])
-    axes.axvline(results["forward"]["peak"] / 1e6, color="black", linewidth=0.8)
-    axes.set_xlabel(f"peak memory of a step, MB ({args.model}, {args.dtype}, {args.device})")
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    height = 0.8 / len(results)
+    for i, (name, peaks) in enumerate(results.items()):
+        ratios = [peaks[it]["peak"] / peaks["forward"]["peak"] for it in CONFIGURATIONS]
+        axes.barh([y + i * height for y in range(len(ratios))], ratios, height, label=name)
+    axes.set_yticks([y + 0.4 - height / 2 for y in range(len(CONFIGURATIONS))], CONFIGURATIONS)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel(f"peak memory of a step, of the forward pass's ({args.dtype}, {args.device})")
+    axes.legend()
     figure.tight_layout()
     figure.savefig(args.plot, dpi=150)
 

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import copy
 import gc
+import itertools
 import linecache
 import pickle
 import sys
@@ -378,12 +379,13 @@ class Stop(BaseException):
     pass
 
 
+def stop(*_):
+    raise Stop
+
+
 def test_an_exception_that_the_closure_catches_ends_no_evaluation():
     model = nn.Sequential(nn.Linear(4, 1, bias=False))
     optimizer, x = make(model, eps=0.1), torch.ones(4)
-
-    def stop(*_):
-        raise Stop
 
     def closure():
         handle = model[0].register_forward_pre_hook(stop)
@@ -485,6 +487,67 @@ def test_an_optimizer_that_is_dropped_lets_its_module_go():
     gc.collect()
     assert alive() is None
     assert is_clean(model)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_one_that_is_dropped_in_the_middle_of_a_step_leaves_nothing_behind(interrupted):
+    model = make_model()
+    before, optimizer = weights(model), make(model, eps=0.1)
+    moves = optimizer.ask()
+    next(moves)
+    if interrupted:
+        # After a forward that has ended without its hooks.
+        handle = model[2].register_forward_pre_hook(stop)
+        with pytest.raises(Stop):
+            loss_of(model)()
+        handle.remove()
+    scratch = weakref.ref(optimizer._displacement._view._scratch)
+    del optimizer, moves
+    gc.collect()
+    assert is_clean(model)
+    assert not watched._readers
+    assert same(weights(model), before)
+    assert scratch() is None
+    make(model).step(loss_of(model))
+
+
+class Drop:
+    """Lets go of what a list holds at the n-th line of the file that swaps parameters."""
+
+    def __init__(self, line: int, kept: list) -> None:
+        self.left, self.kept = line, kept
+
+    def __call__(self, frame, event, _):
+        if frame.f_code.co_filename != layerwise.__file__:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                self.kept.clear()
+        return self
+
+
+@torch.no_grad()
+def test_one_that_is_dropped_in_the_middle_of_a_forward_leaves_nothing_behind():
+    """Whenever the garbage collector comes."""
+    model = make_model()
+    before, wanted = weights(model), loss_of(model)()
+    for line in itertools.count(1):
+        optimizer = make(model, eps=0.1)
+        next(optimizer.ask())
+        kept = [optimizer.__dict__.pop("_displacement")]
+        sys.settrace(Drop(line, kept))
+        try:
+            loss_of(model)()
+        finally:
+            sys.settrace(None)
+        if kept:
+            break
+        assert is_clean(model)
+        assert not watched._readers
+        assert same(weights(model), before)
+        assert loss_of(model)() == wanted
+    assert line > 100
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ a weight larger than ``CHUNK`` is evaluated in chunks of its rows.
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -112,6 +113,7 @@ class LayerwiseDisplacement(Displacement):
                 return
             if self._view is None:
                 self._view = View(self.module, self.members)
+                self._view.close_with(self)
             self.coefficients, self._noise = wanted, (seed, law)
             made = self.from_rest(wanted)
             assert made is not None
@@ -179,6 +181,8 @@ class View:
         self._undo: list[Callable[[], object]] = []
         self._point: Point | None = None
         self._thread = threading.get_ident()
+        self._owner: weakref.finalize | None = None
+        self._is_closed = False
         with uninterrupted():
             try:
                 for layer in layers(module, self._index):
@@ -198,8 +202,17 @@ class View:
         # A cast that autocast has kept would show the weights of before.
         torch.clear_autocast_cache()
 
+    def close_with(self, owner: object) -> None:
+        """Also when the owner is dropped, in the middle of a forward too."""
+        self._owner = weakref.finalize(owner, self.close)
+        self._owner.atexit = False
+
+    @uninterrupted()
     def close(self) -> None:
         """The parameters are what they were; nothing is left of the view."""
+        self._is_closed = True
+        if self._owner is not None:
+            self._owner.detach()
         for undo in self._undo:
             undo()
         for member, stored in zip(self._members, self._stored, strict=True):
@@ -246,6 +259,7 @@ class View:
             lent.addresses[i] = tensor.data_ptr()
             unwatch(self._members[i].param)
             self._members[i].param.data = tensor
+        self._close_again()
 
     def _finish(self, layer: Layer) -> None:
         """Of a forward; of those inside it too, where an interrupt has ended them."""
@@ -257,7 +271,8 @@ class View:
             written += self._end(lent)
             if lent.layer is layer:
                 break
-        if written:
+        self._close_again()
+        if written and not self._is_closed:
             raise RuntimeError(
                 f"{self.name_of(self._members[written[0]].param)} was written to while it was "
                 "evaluated: the closure must leave the weights alone"
@@ -276,6 +291,11 @@ class View:
         if lent.buffer is not None:
             self._scratch.take_back(lent.buffer)
         return written
+
+    def _close_again(self) -> None:
+        """Where the owner was dropped in the middle of what swaps parameters."""
+        if self._is_closed:
+            self.close()
 
     def _check_thread(self) -> None:
         if threading.get_ident() != self._thread:
