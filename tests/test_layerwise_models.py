@@ -196,7 +196,7 @@ def test_generation_with_a_cache():
     assert is_clean(model)
 
 
-@pytest.mark.parametrize("how", ["wrapped layers", "layers in place", "as a whole"])
+@pytest.mark.parametrize("how", ["wrapped layers", "layers in place", "as a whole", "its forward"])
 def test_compiled_layers(how):
     from torch._dynamo.testing import CompileCounter
 
@@ -206,6 +206,8 @@ def test_compiled_layers(how):
     counter = CompileCounter()
     if how == "as a whole":
         model = torch.compile(model, backend=counter)
+    elif how == "its forward":
+        model.forward = torch.compile(model.forward, backend=counter)
     for i in range(len(plain.model.layers)):
         if how == "wrapped layers":
             model.model.layers[i] = torch.compile(model.model.layers[i], backend=counter)
@@ -223,6 +225,35 @@ def test_compiled_layers(how):
     for a, b in zip(weights(plain), weights(model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert all(type(param) is nn.Parameter for param in model.parameters())
+
+
+AROUND = {
+    "a model": lambda model, compile: compile(model),
+    "a function": lambda model, compile: compile(lambda *args: model(*args) + 1),
+    "its forward without its hooks": lambda model, compile: compile(model.forward),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.filterwarnings("error")
+def test_what_is_compiled_around_a_model_that_was_not_is_refused(around, evaluated, fullgraph):
+    torch._dynamo.reset()
+    model = make_model()
+    before = weights(model)
+    evaluate = AROUND[around](
+        model, functools.partial(torch.compile, backend="eager", fullgraph=fullgraph)
+    )
+    if evaluated:
+        with torch.no_grad():
+            evaluate(torch.ones(2, 10))
+    optimizer = make(model)
+    with pytest.raises(RuntimeError, match=r"give the model compiled, module=.*layerwise=False"):
+        optimizer.step(lambda: evaluate(torch.ones(2, 10)).sum())
+    assert same(weights(model), before)
+    assert is_clean(model)
+    optimizer.step(loss_of(model))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

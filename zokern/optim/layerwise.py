@@ -10,7 +10,6 @@ Two reads need no whole tensor. An embedding takes the rows that its input names
 a weight larger than ``CHUNK`` is evaluated in chunks of its rows.
 """
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ from torch.nn import functional
 from zokern import ops
 from zokern.memory import Scratch
 from zokern.optim.aliases import check_aliases
+from zokern.optim.compiled import check_not_compiling, is_compiled
 from zokern.optim.displacement import (
     Coefficients,
     Displacement,
@@ -245,12 +245,13 @@ class View:
 
     def _begin(self, layer: Layer) -> None:
         """Of a forward: what it reads is written to a buffer."""
+        check_not_compiling()
         self._check_thread()
         params = [(i, self._members[i].param) for i in layer.members]
         members = [i for i, param in params if isinstance(param, Watched)]
         lent = Lent(layer, {})
         self._running.append(lent)
-        if not members or (_keeps_what_it_reads() and not _is_compiled(layer.module)):
+        if not members or (_keeps_what_it_reads() and not is_compiled(layer.module)):
             # In the latter case each operation is given a buffer of its own.
             return
         lent.buffer, tensors = self._scratch.lend([self._stored[i] for i in members])
@@ -489,14 +490,7 @@ def _has_forward(module: nn.Module) -> bool:
 
 def _is_whole(module: nn.Module) -> bool:
     """Whether it reads the parameters of its parts itself, or lets nothing be hooked inside."""
-    return _is_compiled(module) or isinstance(module, WHOLE)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    # Whoever has compiled something has imported this, which takes its time.
-    dynamo = sys.modules.get("torch._dynamo")
-    wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
-    return wrapped or getattr(module, "_compiled_call_impl", None) is not None
+    return is_compiled(module) or isinstance(module, WHOLE)
 
 
 def _keeps_what_it_reads() -> bool:

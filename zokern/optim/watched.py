@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from zokern.optim.compiled import check_not_compiling
+
 # What is asked of a tensor without a look at its values.
 PASSIVE = frozenset(
     {
@@ -52,6 +54,7 @@ class Watched:
     def __torch_function__(
         cls, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        check_not_compiling()
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if _is_passive(func):
