@@ -177,6 +177,50 @@ def test_what_cannot_be_followed_is_an_error_and_changes_nothing(touch, message)
     assert is_clean(model)
 
 
+def scripted(weight):
+    return weight + 0
+
+
+UNNOTICED = {
+    "torch.tensor": lambda w: torch.tensor(w),
+    "torch.as_tensor": lambda w: torch.as_tensor(w, dtype=torch.float64),
+    "torch.asarray": lambda w: torch.asarray(w, copy=True, requires_grad=False),
+    "torch.Tensor": lambda w: torch.Tensor(w),
+    "new_tensor": lambda w: torch.ones(1).new_tensor(w),
+    "DLPack": lambda w: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(w)),
+    "a scripted function": lambda w: torch.jit.script(scripted)(w),
+    "a traced function": lambda w: torch.jit.trace(scripted, torch.ones(4, 10))(w),
+    "vmap": lambda w: torch.func.vmap(scripted)(w),
+}
+
+
+@pytest.mark.parametrize("name", UNNOTICED)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*copy construct.*:UserWarning")
+def test_what_reads_a_parameter_behind_torchs_back_finds_nan(name):
+    model, read = nn.Linear(10, 4), UNNOTICED[name]
+    optimizer, before = make(model), weights(model)
+    with torch.no_grad():
+        assert torch.equal(read(model.weight).float(), before[0])
+    with pytest.warns(RuntimeWarning, match=r"not finite.*take layerwise=False"):
+        optimizer.step(lambda: read(model.weight).float().sum())
+    assert optimizer.last.skipped
+    assert same(weights(model), before)
+
+
+def test_a_parameter_that_is_watched_has_the_layout_that_it_is_stored_in():
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    strides = model.weight.stride()
+    optimizer = make(model)
+    for _ in optimizer.ask():
+        assert isinstance(model.weight, Watched)
+        assert model.weight.stride() == strides
+        assert model.weight.is_contiguous(memory_format=torch.channels_last)
+        assert model.weight.data.shape == (4, 3, 3, 3)
+    optimizer.flush()
+    assert model.weight.stride() == strides
+
+
 @torch.no_grad()
 def test_an_embedding_is_made_of_the_rows_that_are_read(monkeypatch):
     table = nn.Embedding(1000, 8)

@@ -256,6 +256,37 @@ def test_what_is_compiled_around_a_model_that_was_not_is_refused(around, evaluat
     optimizer.step(loss_of(model))
 
 
+def test_a_compiled_function_that_reads_a_parameter_is_refused():
+    torch._dynamo.reset()
+    model = make_model()
+    before, optimizer = weights(model), make(model)
+    read = torch.compile(lambda x: x @ model[0].weight.t(), backend="eager")
+    with pytest.raises(RuntimeError, match=r"0\.weight is read by its address.*layerwise=False"):
+        optimizer.step(lambda: read(torch.ones(2, 10)).sum())
+    assert same(weights(model), before)
+    assert is_clean(model)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "its forward"])
+def test_an_embedding_in_a_compiled_module(how):
+    """Inside, no operation can be given the rows that it reads."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 1))
+    plain, x = copy.deepcopy(model), torch.arange(5)
+    if how == "wrapped":
+        model = nn.Sequential(torch.compile(model, backend="eager"))
+        plain = nn.Sequential(nn.ModuleDict({"_orig_mod": plain}))
+        plain.forward = plain[0]["_orig_mod"].forward
+    elif how == "in place":
+        model.compile(backend="eager")
+    else:
+        model.forward = torch.compile(model.forward, backend="eager")
+    optimizers = [make(module, eps=0.1) for module in (plain, model)]
+    for optimizer, module in zip(optimizers, (plain, model), strict=True):
+        optimizer.step(lambda: module(x).sum())  # noqa: B023
+    assert optimizers[0].last.losses == pytest.approx(optimizers[1].last.losses, rel=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_a_scripted_module_is_refused():
     model = nn.Sequential(torch.jit.script(nn.Linear(10, 4)))

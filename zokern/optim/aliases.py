@@ -6,7 +6,7 @@ be perturbed. A buffer may be one, an attribute (a view of a weight, ``weight.de
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,26 +22,29 @@ PLAIN = frozenset({bool, int, float, str, type(None)})
 DEPTH = 3
 
 
-def check_aliases(module: nn.Module, named_params: Sequence[tuple[str, Tensor]]) -> None:
-    """Raises ValueError if the module holds a tensor that shares memory with one of the parameters.
+def check_aliases(module: nn.Module, params: Iterable[Tensor]) -> None:
+    """Raises ValueError if the module holds a tensor that shares memory with one of its parameters.
 
     Looked at are the parameters, buffers and attributes of all submodules, and what containers
     among these hold, three deep.
     """
     with torch._C.DisableTorchFunctionSubclass():
-        own = {id(param) for _, param in named_params}
-        spans = sorted((*span(param), name) for name, param in named_params if _has_memory(param))
+        params = list(params)
+        own = set(map(id, params))
+        spans = sorted((*span(param), i) for i, param in enumerate(params) if _has_memory(param))
         begins = [begin for begin, _, _ in spans]
         for path, tensor in _tensors(module):
             if id(tensor) in own or not _has_memory(tensor):
                 continue
             begin, end = span(tensor)
-            i = bisect_left(begins, end) - 1
-            if i >= 0 and begin < spans[i][1]:
+            at = bisect_left(begins, end) - 1
+            if at >= 0 and begin < spans[at][1]:
+                names = {id(param): name for name, param in module.named_parameters()}
+                name = names.get(id(params[spans[at][2]]), "that the module had")
                 raise ValueError(
-                    f"{path} shares memory with the parameter {spans[i][2]}, and layerwise=True "
-                    "would not notice who reads it: keep the parameter itself there, make what is "
-                    "wanted of it in forward, or take layerwise=False"
+                    f"{path} shares memory with the parameter {name}, and layerwise=True would not "
+                    "notice who reads it: keep the parameter itself there, make what is wanted of "
+                    "it in forward, or take layerwise=False"
                 )
 
 

@@ -27,6 +27,10 @@ from zokern.trajectory import Trajectory
 
 # Below this the rounded probe is warned about.
 LEAST_FIDELITY = 0.99
+_READ_UNNOTICED = (
+    "; with layerwise=True, NaN is also what TorchScript, DLPack and torch.tensor read of a "
+    "parameter: if that is so, take layerwise=False"
+)
 
 
 class CommonArguments(TypedDict, total=False):
@@ -288,7 +292,8 @@ class ZOOptimizer(ZOState):
             self._warn_once(
                 "skipped",
                 f"{type(self).__name__}: a loss is not finite ({values}); the update is skipped, "
-                "as it will be whenever this happens (the param groups count them in 'skipped')",
+                "as it will be whenever this happens (the param groups count them in 'skipped')"
+                + (_READ_UNNOTICED if self.run["layerwise"] else ""),
             )
             return self._finish(self._open, Estimate({}, values), skipped=True)
         estimate = self._open.send(values)

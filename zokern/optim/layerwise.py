@@ -4,7 +4,7 @@ While a point is shown, a hook before each layer's forward writes θ + Σ c·z o
 parameters into a buffer as large as the largest layer, and lets the parameters be that until the
 forward is over. Whoever else reads one (a functional call, a fused attention that reads the
 projections of other modules) is given a buffer too, for the time of that one operation, by
-:mod:`zokern.optim.watched`: so nothing is missed.
+:mod:`zokern.optim.watched`. What cannot be followed even there finds NaN: so nothing is missed.
 
 Two reads need no whole tensor. An embedding takes the rows that its input names; a linear map with
 a weight larger than ``CHUNK`` is evaluated in chunks of its rows.
@@ -92,7 +92,7 @@ class LayerwiseDisplacement(Displacement):
                     f"layerwise=True hooks layers, and {name or 'the module'} is scripted, which "
                     "has no hooks: take layerwise=False"
                 )
-        check_aliases(self.module, [(n, param) for n, param in named_params if param.requires_grad])
+        check_aliases(self.module, [param for _, param in named_params if param.requires_grad])
 
     def move(
         self,
@@ -174,8 +174,10 @@ class View:
         self._members = members
         self._index = {id(member.param): i for i, member in enumerate(members)}
         self._names = {id(param): name for name, param in module.named_parameters()}
-        check_aliases(module, [(self.name_of(m.param), m.param) for m in members])
+        check_aliases(module, [member.param for member in members])
         self._stored = [member.param.data for member in members]
+        # What the parameters hold instead: who reads it behind torch's back is not to miss it.
+        self._hidden = _nan_like(self._stored)
         self._scratch = Scratch()
         self._running: list[Lent] = []
         self._undo: list[Callable[[], object]] = []
@@ -187,7 +189,8 @@ class View:
             try:
                 for layer in layers(module, self._index):
                     self._hook(layer)
-                for member in members:
+                for member, hidden in zip(members, self._hidden, strict=True):
+                    member.param.data = hidden
                     watch(member.param, self)
             except BaseException:
                 self.close()
@@ -217,9 +220,7 @@ class View:
             undo()
         for member, stored in zip(self._members, self._stored, strict=True):
             unwatch(member.param)
-            # Whatever is running: an interrupt may have come between any two of its statements.
-            if member.param.data_ptr() != stored.data_ptr():
-                member.param.data = stored
+            member.param.data = stored
         torch.clear_autocast_cache()
 
     def _hook(self, layer: Layer) -> None:
@@ -287,7 +288,7 @@ class View:
             if not isinstance(param, Watched):
                 if param.data_ptr() != address:
                     written.append(i)
-                param.data = self._stored[i]
+                param.data = self._hidden[i]
                 watch(param, self)
         if lent.buffer is not None:
             self._scratch.take_back(lent.buffer)
@@ -474,14 +475,20 @@ def _members_of(module: nn.Module, index: dict[int, int]) -> Iterator[tuple[Tens
     return ((param, index[id(param)]) for param in module.parameters() if id(param) in index)
 
 
-def _read_by(module: nn.Module, index: dict[int, int], *, recurse: bool) -> set[int]:
+def _read_by(
+    module: nn.Module, index: dict[int, int], *, recurse: bool, whole: bool = False
+) -> set[int]:
     """The members that a module's forward reads as a whole, with those of the modules inside."""
-    return {
+    whole = whole or is_compiled(module)
+    members = {
         index[id(param)]
-        for inner in (module.modules() if recurse else (module,))
-        for param in inner.parameters(recurse=False)
-        if id(param) in index and not _is_read_in_parts(inner, param)
+        for param in module.parameters(recurse=False)
+        if id(param) in index and (whole or not _is_read_in_parts(module, param))
     }
+    if recurse:
+        for child in module.children():
+            members |= _read_by(child, index, recurse=True, whole=whole)
+    return members
 
 
 def _has_forward(module: nn.Module) -> bool:
@@ -499,6 +506,14 @@ def _keeps_what_it_reads() -> bool:
     A graph for gradients, with respect to inputs, remembers the parameter itself.
     """
     return torch.is_grad_enabled() or _in_functorch()
+
+
+@torch.inference_mode(False)
+def _nan_like(tensors: list[Tensor]) -> list[Tensor]:
+    """Of the same shapes, in the memory of one element."""
+    kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
+    nan = {kind: torch.full((), torch.nan, dtype=kind[0], device=kind[1]) for kind in kinds}
+    return [nan[tensor.dtype, tensor.device].expand(tensor.shape) for tensor in tensors]
 
 
 def _in_functorch() -> bool:

@@ -17,8 +17,11 @@ PASSIVE = frozenset(
         *("storage_offset", "is_contiguous", "is_floating_point", "is_complex", "is_signed"),
         *("get_device", "has_names", "is_inference", "is_shared", "is_pinned", "is_conj", "is_neg"),
         *("requires_grad_", "register_hook", "__hash__", "__len__", "is_tensor", "is_storage"),
+        "_is_view",
     }
 )
+# What is asked of how the parameter is stored.
+LAYOUT = frozenset({"stride", "storage_offset", "is_contiguous", "is_shared", "is_pinned"})
 # Properties whose values are the tensor's own.
 READING_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 # Whoever gets an address reads the memory behind torch's back.
@@ -58,6 +61,8 @@ class Watched:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if _is_passive(func):
+                if func.__name__ in LAYOUT:
+                    args = (_readers[id(args[0])].at_rest(args[0]), *args[1:])
                 return func(*args, **kwargs)
             return _read(func, args, kwargs)
 
