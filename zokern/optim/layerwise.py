@@ -126,7 +126,7 @@ class LayerwiseDisplacement(Displacement):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy shows nothing.
-        return self.__dict__ | {"_view": None, "coefficients": {}}
+        return super().__getstate__() | {"_view": None, "coefficients": {}}
 
 
 @dataclass(frozen=True, eq=False)
