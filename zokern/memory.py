@@ -4,7 +4,8 @@ import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,43 +41,74 @@ def empty_like(tensor: Tensor) -> Tensor:
     return _with_huge_pages(torch.empty_like(tensor, memory_format=torch.contiguous_format))
 
 
+class Cut:
+    """Contiguous tensors that lie in a buffer, and what their borrower wants to keep with them."""
+
+    def __init__(self, memory: Tensor, likes: Sequence[Tensor]) -> None:
+        self.tensors = []
+        self.note: Any = None
+        begin = 0
+        for like in likes:
+            end = begin + like.numel() * like.element_size()
+            self.tensors.append(memory[begin:end].view(like.dtype).view(like.shape))
+            begin = _aligned(end)
+
+
+class Buffer:
+    """Memory that is lent."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self._cuts: dict[Hashable, Cut] = {}
+
+    def cut(self, likes: Sequence[Tensor], key: Hashable | None = None) -> Cut:
+        """Tensors of these shapes and dtypes; for the same key the same ones each time."""
+        if key is None:
+            return Cut(self.memory, likes)
+        if key not in self._cuts:
+            self._cuts[key] = Cut(self.memory, likes)
+        return self._cuts[key]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether anybody holds a part of it, but for the tensors that have a key."""
+        kept = sum(len(cut.tensors) for cut in self._cuts.values())
+        # The memory itself and the storage object that asks.
+        storage = self.memory.untyped_storage()
+        return torch._C._storage_Use_Count(storage._cdata) > 2 + kept
+
+
 class Scratch:
     """Buffers that are lent, given back and lent again."""
 
     def __init__(self) -> None:
-        self._free: list[Tensor] = []
+        self._free: list[Buffer] = []
 
-    def lend(self, likes: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """A buffer and, in it, contiguous tensors of these shapes and dtypes; of one device."""
-        offsets, size = [], 0
-        for like in likes:
-            offsets.append(size)
-            size += -(-like.numel() * like.element_size() // ALIGNMENT) * ALIGNMENT
-        buffer = self._buffer(size, likes[0].device)
-        tensors = []
-        for like, begin in zip(likes, offsets, strict=True):
-            end = begin + like.numel() * like.element_size()
-            tensors.append(buffer[begin:end].view(like.dtype).view(like.shape))
-        return buffer, tensors
+    def lend(self, likes: Sequence[Tensor]) -> Buffer:
+        """One that tensors of these shapes and dtypes, of one device, can be cut from."""
+        size = sum(_aligned(like.numel() * like.element_size()) for like in likes)
+        device = likes[0].device
+        own = [i for i, buffer in enumerate(self._free) if buffer.memory.device == device]
+        own.sort(key=lambda i: self._free[i].memory.numel())
+        for i in own:
+            if self._free[i].memory.numel() >= size:
+                return self._free.pop(i)
+        if own:
+            # One that is too small would lie there unused.
+            del self._free[own[-1]]
+        with torch.inference_mode(False):
+            empty = torch.empty(size, dtype=torch.uint8, device=device)
+        return Buffer(_with_huge_pages(empty))
 
-    def take_back(self, buffer: Tensor) -> None:
+    def take_back(self, buffer: Buffer) -> None:
         """Of which the borrower keeps nothing; it is lent again unless somebody else does."""
-        # The buffer itself and the storage object that asks.
-        if torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) == 2:
+        if not buffer.is_shared:
             self._free.append(buffer)
 
     def clear(self) -> None:
         """Let go of what is not lent."""
         self._free.clear()
 
-    def _buffer(self, size: int, device: torch.device) -> Tensor:
-        own = [i for i, buffer in enumerate(self._free) if buffer.device == device]
-        own.sort(key=lambda i: self._free[i].numel())
-        for i in own:
-            if self._free[i].numel() >= size:
-                return self._free.pop(i)
-        if own:
-            # One that is too small would lie there unused.
-            del self._free[own[-1]]
-        with torch.inference_mode(False):
-            return _with_huge_pages(torch.empty(size, dtype=torch.uint8, device=device))
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

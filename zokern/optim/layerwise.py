@@ -12,7 +12,7 @@ a weight larger than ``CHUNK`` is evaluated in chunks of its rows.
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
@@ -24,7 +24,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn import functional
 
 from zokern import ops
-from zokern.memory import Scratch
+from zokern.memory import Buffer, Scratch
 from zokern.optim.displacement import (
     Coefficients,
     Displacement,
@@ -54,8 +54,11 @@ class Point:
     seed: int
     law: str
 
-    def row(self, i: int) -> Sequence[float]:
-        return self.coeffs[i] if isinstance(self.coeffs[0], tuple) else self.coeffs
+    def rows(self, members: list[int]) -> Sequence:
+        """One row for all of these, or one for each."""
+        if isinstance(self.coeffs[0], tuple):
+            return [self.coeffs[i] for i in members]
+        return self.coeffs
 
 
 class LayerwiseDisplacement(Displacement):
@@ -137,6 +140,17 @@ class Layer:
     members: list[int]
 
 
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What is perturbed together: members, or a part of one."""
+
+    members: list[int]
+    params: list[Tensor]
+    residuals: list[Tensor | None]
+    dense: list[tuple[Tensor, ...]]
+    shards: list[tuple[int, int, int]] | None = None
+
+
 @dataclass
 class Lent:
     """What a running forward was lent."""
@@ -144,7 +158,7 @@ class Lent:
     layer: Layer
     # Of each member the address of what it was lent.
     addresses: dict[int, int]
-    buffer: Tensor | None = None
+    buffer: Buffer | None = None
 
 
 class Hook:
@@ -172,6 +186,8 @@ class View:
         self._names = {id(param): name for name, param in module.named_parameters()}
         self._stored = [member.param.data for member in members]
         self._scratch = Scratch()
+        # By their layer, or their place in a chunked member.
+        self._sources: dict[Hashable, Source] = {}
         self._running: list[Lent] = []
         self._undo: list[Callable[[], object]] = []
         self._point: Point | None = None
@@ -237,8 +253,7 @@ class View:
         if not members or (_keeps_what_it_reads() and not _is_compiled(layer.module)):
             # In the latter case each operation is given a buffer of its own.
             return
-        lent.buffer, tensors = self._scratch.lend([self._stored[i] for i in members])
-        self._write(members, tensors)
+        lent.buffer, tensors = self._perturbed(self._source(layer, members), keep=True)
         for i, tensor in zip(members, tensors, strict=True):
             lent.addresses[i] = tensor.data_ptr()
             unwatch(self._members[i].param)
@@ -281,39 +296,47 @@ class View:
                 "thread that called step or ask, or take layerwise=False"
             )
 
-    def _write(self, members: list[int], outs: list[Tensor]) -> None:
-        """The members' perturbed values."""
-        self._sweep(
+    def _source(self, layer: Layer, members: list[int]) -> Source:
+        source = self._sources.get(layer)
+        if source is None or source.members != members:
+            source = self._sources[layer] = self._source_of(members)
+        return source
+
+    def _source_of(self, members: list[int]) -> Source:
+        return Source(
             members,
             [self._stored[i] for i in members],
             [self._members[i].residual for i in members],
             [self._members[i].dense for i in members],
-            outs,
         )
 
-    def _sweep(
-        self,
-        members: list[int],
-        params: list[Tensor],
-        residuals: list[Tensor | None],
-        dense: list[tuple[Tensor, ...]],
-        outs: list[Tensor],
-        **places: Any,
-    ) -> None:
-        point = self._point
-        assert point is not None
-        ops.perturb_(
-            params,
-            point.draws,
-            [point.row(i) for i in members],
-            seed=point.seed,
-            law=point.law,
-            tensor_ids=[self._members[i].tensor_id for i in members],
-            residuals=residuals,
-            dense=list(zip(*dense, strict=True)) if any(d < 0 for d in point.draws) else (),
+    def _perturbed(self, source: Source, *, keep: bool) -> tuple[Buffer, list[Tensor]]:
+        """The source's perturbed values, and the buffer that they lie in.
+
+        With ``keep`` the tensors are used again: nobody but the caller may get hold of them.
+        """
+        buffer = self._scratch.lend(source.params)
+        cut = buffer.cut(source.params, source if keep else None)
+        if cut.note is None:
+            cut.note = self._prepare(source, cut.tensors)
+        self._sweep(cut.note, source)
+        return buffer, cut.tensors
+
+    def _prepare(self, source: Source, outs: list[Tensor], **places: Any) -> ops.PreparedSweep:
+        return ops.PreparedSweep(
+            source.params,
+            tensor_ids=[self._members[i].tensor_id for i in source.members],
+            shards=source.shards,
+            residuals=source.residuals,
+            dense=list(zip(*source.dense, strict=True)),
             outs=outs,
             **places,
         )
+
+    def _sweep(self, sweep: ops.PreparedSweep, source: Source) -> None:
+        point = self._point
+        assert point is not None
+        sweep.perturb_(point.draws, point.rows(source.members), seed=point.seed, law=point.law)
 
     def name_of(self, param: Tensor) -> str:
         return self._names.get(id(param), "a parameter that its module had")
@@ -321,15 +344,14 @@ class View:
     def at_rest(self, param: Tensor) -> Tensor:
         return self._stored[self._index[id(param)]]
 
-    def lend(self, param: Tensor) -> tuple[Tensor, Tensor]:
+    def lend(self, param: Tensor) -> tuple[Tensor, Buffer]:
         self._check_thread()
         i = self._index[id(param)]
         with _outside_functorch():
-            buffer, tensors = self._scratch.lend([self._stored[i]])
-            self._write([i], tensors)
-        return tensors[0], buffer
+            buffer, (tensor,) = self._perturbed(self._source_of([i]), keep=False)
+        return tensor, buffer
 
-    def take_back(self, buffer: Tensor) -> None:
+    def take_back(self, buffer: Buffer) -> None:
         with _outside_functorch():
             self._scratch.take_back(buffer)
 
@@ -356,13 +378,10 @@ class View:
         if _in_functorch():
             return NotImplemented
         numbers, places = torch.unique(input.long(), return_inverse=True)
-        rows, residual, dense = self._parts(i, lambda t: t.index_select(0, numbers))
         width = weight.shape[1]
-        out = torch.empty_like(rows)
-        self._sweep(
-            [i], [rows], [residual], [dense], [out],
-            shards=[(0, width, width)], rows=[numbers],
-        )  # fmt: skip
+        source = self._part(i, lambda t: t.index_select(0, numbers), (0, width, width))
+        out = torch.empty_like(source.params[0])
+        self._sweep(self._prepare(source, [out], rows=[numbers]), source)
         return functional.embedding(places, out)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -377,14 +396,12 @@ class View:
             bias, _ = self.lend(bias)
         step = max(1, _chunk_of(weight) // (width * weight.element_size()))
         result = None
+        # A graph for gradients would keep them.
+        keep = not _keeps_what_it_reads()
         for begin in range(0, count, step):
             part = slice(begin, begin + step)
-            param, residual, dense = self._parts(i, itemgetter(part))
-            buffer, outs = self._scratch.lend([param])
-            self._sweep(
-                [i], [param], [residual], [dense], outs,
-                shards=[(begin * width, param.numel(), param.numel())],
-            )  # fmt: skip
+            source = self._rows_of(i, part)
+            buffer, outs = self._perturbed(source, keep=keep)
             own = functional.linear(input, outs[0], None if bias is None else bias[part])
             if result is None:
                 result = own.new_empty(*own.shape[:-1], count)
@@ -393,13 +410,22 @@ class View:
             self._scratch.take_back(buffer)
         return result
 
-    def _parts(
-        self, i: int, part: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Of a member's value, its residual and its dense directions."""
+    def _rows_of(self, i: int, rows: slice) -> Source:
+        """A member's rows, one after another."""
+        key = i, rows.start
+        if key not in self._sources:
+            param = self._stored[i][rows]
+            shard = (rows.start * param[0].numel(), param.numel(), param.numel())
+            self._sources[key] = self._part(i, itemgetter(rows), shard)
+        return self._sources[key]
+
+    def _part(
+        self, i: int, part: Callable[[Tensor], Tensor], shard: tuple[int, int, int]
+    ) -> Source:
         member = self._members[i]
         residual = None if member.residual is None else part(member.residual)
-        return part(self._stored[i]), residual, tuple(map(part, member.dense))
+        dense = tuple(map(part, member.dense))
+        return Source([i], [part(self._stored[i])], [residual], [dense], [shard])
 
 
 def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
