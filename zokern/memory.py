@@ -4,8 +4,7 @@ import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -41,41 +40,35 @@ def empty_like(tensor: Tensor) -> Tensor:
     return _with_huge_pages(torch.empty_like(tensor, memory_format=torch.contiguous_format))
 
 
-class Cut:
-    """Contiguous tensors that lie in a buffer, and what their borrower wants to keep with them."""
-
-    def __init__(self, memory: Tensor, likes: Sequence[Tensor]) -> None:
-        self.tensors = []
-        self.note: Any = None
-        begin = 0
-        for like in likes:
-            end = begin + like.numel() * like.element_size()
-            self.tensors.append(memory[begin:end].view(like.dtype).view(like.shape))
-            begin = _aligned(end)
-
-
 class Buffer:
     """Memory that is lent."""
 
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
-        self._cuts: dict[Hashable, Cut] = {}
+        self._kept: dict[Hashable, list[Tensor]] = {}
 
-    def cut(self, likes: Sequence[Tensor], key: Hashable | None = None) -> Cut:
-        """Tensors of these shapes and dtypes; for the same key the same ones each time."""
+    def cut(self, likes: Sequence[Tensor], key: Hashable | None = None) -> list[Tensor]:
+        """Contiguous tensors of these shapes and dtypes; for the same key the same ones again."""
         if key is None:
-            return Cut(self.memory, likes)
-        if key not in self._cuts:
-            self._cuts[key] = Cut(self.memory, likes)
-        return self._cuts[key]
+            return list(self._cut(likes))
+        if key not in self._kept:
+            self._kept[key] = list(self._cut(likes))
+        return self._kept[key]
+
+    def _cut(self, likes: Sequence[Tensor]) -> Iterator[Tensor]:
+        begin = 0
+        for like in likes:
+            end = begin + like.numel() * like.element_size()
+            yield self.memory[begin:end].view(like.dtype).view(like.shape)
+            begin = _aligned(end)
 
     @property
     def is_shared(self) -> bool:
         """Whether anybody holds a part of it, but for the tensors that have a key."""
-        kept = sum(len(cut.tensors) for cut in self._cuts.values())
-        # The memory itself and the storage object that asks.
         storage = self.memory.untyped_storage()
-        return torch._C._storage_Use_Count(storage._cdata) > 2 + kept
+        # The memory itself and the storage object that asks.
+        known = 2 + sum(map(len, self._kept.values()))
+        return torch._C._storage_Use_Count(storage._cdata) > known
 
 
 class Scratch:

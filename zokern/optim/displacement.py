@@ -6,7 +6,7 @@ coefficients. That is why a step of E evaluations needs E + 1 sweeps, and E with
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ class Displacement:
         self.expansions: dict[int, Expansion] = {}
         # Seed and law of the noise along which the weights are displaced.
         self._noise: tuple[int, str] = (0, "")
-        self._prepared: tuple[list[Member], ops.PreparedSweep] | None = None
+        self._sweeper = ops.Sweeper()
 
     @property
     def at_rest(self) -> bool:
@@ -212,34 +212,24 @@ class Displacement:
                 [m.momentum for m in members if m.momentum is not None] or None,
                 step.sign,
             )
-        self._prepare().perturb_(
+        has_slots = any(draw < 0 for draw in (*before, *after))
+        self._sweeper.perturb_(
+            [member.param for member in members],
             [*before, *after],
             coeffs,
             seed=seed,
             law=law,
             scales=scales,
+            tensor_ids=[member.tensor_id for member in members],
+            residuals=[member.residual for member in members],
+            masters=[m.master for m in members if m.master is not None] or None,
+            dense=list(zip(*(m.dense for m in members), strict=True)) if has_slots else (),
             rest=len(before),
             update=update,
             rounding=rounding(),
         )
         # A cast that autocast has kept would show the forward pass the weights of before.
         torch.clear_autocast_cache()
-
-    def _prepare(self) -> ops.PreparedSweep:
-        members = self.members
-        if self._prepared is None or self._prepared[0] is not members:
-            sweep = ops.PreparedSweep(
-                [member.param for member in members],
-                tensor_ids=[member.tensor_id for member in members],
-                residuals=[member.residual for member in members],
-                masters=[m.master for m in members if m.master is not None] or None,
-                dense=list(zip(*(m.dense for m in members), strict=True)),
-            )
-            self._prepared = members, sweep
-        return self._prepared[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prepared": None}
 
     def _route(self, target: Coefficients, step: Step | None, rules: list[Rule]) -> Route:
         has_masters = self.members[0].master is not None

@@ -68,6 +68,8 @@ class LayerwiseDisplacement(Displacement):
         super().__init__()
         self.module = module
         self._view: View | None = None
+        # What views of the same layers have in common.
+        self._sweepers: dict[Hashable, ops.Sweeper] = {}
 
     def fresh(self) -> "LayerwiseDisplacement":
         return LayerwiseDisplacement(self.module)
@@ -112,7 +114,7 @@ class LayerwiseDisplacement(Displacement):
             if not wanted:
                 return
             if self._view is None:
-                self._view = View(self.module, self.members)
+                self._view = View(self.module, self.members, self._sweepers)
             self.coefficients, self._noise = wanted, (seed, law)
             made = self.from_rest(wanted)
             assert made is not None
@@ -129,7 +131,7 @@ class LayerwiseDisplacement(Displacement):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy shows nothing.
-        return super().__getstate__() | {"_view": None, "coefficients": {}}
+        return self.__dict__ | {"_view": None, "coefficients": {}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +146,7 @@ class Layer:
 class Source:
     """What is perturbed together: members, or a part of one."""
 
+    key: Hashable
     members: list[int]
     params: list[Tensor]
     residuals: list[Tensor | None]
@@ -178,15 +181,17 @@ class Hook:
 class View:
     """What a module's readers see of its parameters until it is closed."""
 
-    def __init__(self, module: nn.Module, members: list[Member]) -> None:
+    def __init__(
+        self, module: nn.Module, members: list[Member], sweepers: dict[Hashable, ops.Sweeper]
+    ) -> None:
         for member in members:
             check_unwatched(member.param)
+        self._module = module
         self._members = members
+        self._sweepers = sweepers
         self._index = {id(member.param): i for i, member in enumerate(members)}
-        self._names = {id(param): name for name, param in module.named_parameters()}
         self._stored = [member.param.data for member in members]
         self._scratch = Scratch()
-        # By their layer, or their place in a chunked member.
         self._sources: dict[Hashable, Source] = {}
         self._running: list[Lent] = []
         self._undo: list[Callable[[], object]] = []
@@ -253,7 +258,7 @@ class View:
         if not members or (_keeps_what_it_reads() and not _is_compiled(layer.module)):
             # In the latter case each operation is given a buffer of its own.
             return
-        lent.buffer, tensors = self._perturbed(self._source(layer, members), keep=True)
+        lent.buffer, tensors = self._perturbed(self._source(members), keep=True)
         for i, tensor in zip(members, tensors, strict=True):
             lent.addresses[i] = tensor.data_ptr()
             unwatch(self._members[i].param)
@@ -296,19 +301,17 @@ class View:
                 "thread that called step or ask, or take layerwise=False"
             )
 
-    def _source(self, layer: Layer, members: list[int]) -> Source:
-        source = self._sources.get(layer)
-        if source is None or source.members != members:
-            source = self._sources[layer] = self._source_of(members)
-        return source
-
-    def _source_of(self, members: list[int]) -> Source:
-        return Source(
-            members,
-            [self._stored[i] for i in members],
-            [self._members[i].residual for i in members],
-            [self._members[i].dense for i in members],
-        )
+    def _source(self, members: list[int]) -> Source:
+        key = tuple(members)
+        if key not in self._sources:
+            self._sources[key] = Source(
+                key,
+                members,
+                [self._stored[i] for i in members],
+                [self._members[i].residual for i in members],
+                [self._members[i].dense for i in members],
+            )
+        return self._sources[key]
 
     def _perturbed(self, source: Source, *, keep: bool) -> tuple[Buffer, list[Tensor]]:
         """The source's perturbed values, and the buffer that they lie in.
@@ -316,30 +319,33 @@ class View:
         With ``keep`` the tensors are used again: nobody but the caller may get hold of them.
         """
         buffer = self._scratch.lend(source.params)
-        cut = buffer.cut(source.params, source if keep else None)
-        if cut.note is None:
-            cut.note = self._prepare(source, cut.tensors)
-        self._sweep(cut.note, source)
-        return buffer, cut.tensors
+        tensors = buffer.cut(source.params, source.key if keep else None)
+        self._sweep(source, tensors)
+        return buffer, tensors
 
-    def _prepare(self, source: Source, outs: list[Tensor], **places: Any) -> ops.PreparedSweep:
-        return ops.PreparedSweep(
-            source.params,
-            tensor_ids=[self._members[i].tensor_id for i in source.members],
-            shards=source.shards,
-            residuals=source.residuals,
-            dense=list(zip(*source.dense, strict=True)),
-            outs=outs,
-            **places,
-        )
-
-    def _sweep(self, sweep: ops.PreparedSweep, source: Source) -> None:
+    def _sweep(self, source: Source, outs: list[Tensor], rows: list[Tensor] | None = None) -> None:
         point = self._point
         assert point is not None
-        sweep.perturb_(point.draws, point.rows(source.members), seed=point.seed, law=point.law)
+        if source.key not in self._sweepers:
+            self._sweepers[source.key] = ops.Sweeper()
+        has_slots = any(draw < 0 for draw in point.draws)
+        self._sweepers[source.key].perturb_(
+            source.params,
+            point.draws,
+            point.rows(source.members),
+            seed=point.seed,
+            law=point.law,
+            tensor_ids=[self._members[i].tensor_id for i in source.members],
+            shards=source.shards,
+            rows=rows,
+            residuals=source.residuals,
+            dense=list(zip(*source.dense, strict=True)) if has_slots else (),
+            outs=outs,
+        )
 
     def name_of(self, param: Tensor) -> str:
-        return self._names.get(id(param), "a parameter that its module had")
+        names = {id(own): name for name, own in self._module.named_parameters()}
+        return names.get(id(param), "a parameter that its module had")
 
     def at_rest(self, param: Tensor) -> Tensor:
         return self._stored[self._index[id(param)]]
@@ -348,7 +354,7 @@ class View:
         self._check_thread()
         i = self._index[id(param)]
         with _outside_functorch():
-            buffer, (tensor,) = self._perturbed(self._source_of([i]), keep=False)
+            buffer, (tensor,) = self._perturbed(self._source([i]), keep=False)
         return tensor, buffer
 
     def take_back(self, buffer: Buffer) -> None:
@@ -381,7 +387,7 @@ class View:
         width = weight.shape[1]
         source = self._part(i, lambda t: t.index_select(0, numbers), (0, width, width))
         out = torch.empty_like(source.params[0])
-        self._sweep(self._prepare(source, [out], rows=[numbers]), source)
+        self._sweep(source, [out], rows=[numbers])
         return functional.embedding(places, out)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -425,7 +431,7 @@ class View:
         member = self._members[i]
         residual = None if member.residual is None else part(member.residual)
         dense = tuple(map(part, member.dense))
-        return Source([i], [part(self._stored[i])], [residual], [dense], [shard])
+        return Source((i, shard), [i], [part(self._stored[i])], [residual], [dense], [shard])
 
 
 def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
@@ -434,34 +440,26 @@ def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
     As few as do with a buffer for the largest of those that cannot be divided, or for ``SHARE`` of
     all parameters: one write for an attention costs less than one for each of its projections.
     """
-    own = {id(m): _read_by(m, index, recurse=_is_whole(m)) for m in module.modules()}
-    sizes = {i: param.numel() * param.element_size() for param, i in _members_of(module, index)}
-
-    def size(members: Iterable[int]) -> float:
-        return sum(sizes[i] for i in members)
-
-    def read_by(module: nn.Module) -> set[int]:
-        return _read_by(module, index, recurse=True)
-
-    bound = max(*map(size, own.values()), size(sizes) * SHARE)
+    tree = Tree(module, index)
+    bound = max(*map(tree.size, tree.own.values()), sum(tree.sizes.values()) * SHARE)
     seen: set[int] = set()
 
     def visit(module: nn.Module) -> Iterator[Layer]:
         if id(module) in seen:
             return
         seen.add(id(module))
-        whole = read_by(module)
-        if _is_whole(module) or (_has_forward(module) and size(whole) <= bound):
+        whole = tree.inside[id(module)]
+        if _is_whole(module) or (_has_forward(module) and tree.size(whole) <= bound):
             if whole:
                 yield Layer(module, sorted(whole))
             return
-        mine, children = own[id(module)], list(module.children())
+        mine, children = tree.own[id(module)], list(module.children())
         if _has_forward(module):
             # Norms and the like are written with whom they belong to.
             small = [child for child in children if not _is_whole(child)]
-            small = [child for child in small if size(read_by(child)) <= bound * SMALL]
-            added = set().union(*map(read_by, small))
-            if size(added) <= bound * SMALL:
+            small = [c for c in small if tree.size(tree.inside[id(c)]) <= bound * SMALL]
+            added = set().union(*(tree.inside[id(child)] for child in small))
+            if tree.size(added) <= bound * SMALL:
                 mine = mine | added
                 seen.update(id(inner) for child in small for inner in child.modules())
         if mine:
@@ -472,18 +470,37 @@ def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
     return list(visit(module))
 
 
-def _members_of(module: nn.Module, index: dict[int, int]) -> Iterator[tuple[Tensor, int]]:
-    return ((param, index[id(param)]) for param in module.parameters() if id(param) in index)
+class Tree:
+    """Which members the modules of a tree read as a whole, by the modules' ids."""
 
+    def __init__(self, module: nn.Module, index: dict[int, int]) -> None:
+        self._index = index
+        # In bytes, by member.
+        self.sizes: dict[int, int] = {}
+        # What a module's forward reads, and that with the modules inside.
+        self.own: dict[int, set[int]] = {}
+        self.inside: dict[int, set[int]] = {}
+        self._add(module)
 
-def _read_by(module: nn.Module, index: dict[int, int], *, recurse: bool) -> set[int]:
-    """The members that a module's forward reads as a whole, with those of the modules inside."""
-    return {
-        index[id(param)]
-        for inner in (module.modules() if recurse else (module,))
-        for param in inner.parameters(recurse=False)
-        if id(param) in index and not _is_read_in_parts(inner, param)
-    }
+    def size(self, members: Iterable[int]) -> float:
+        return sum(self.sizes[i] for i in members)
+
+    def _add(self, module: nn.Module) -> set[int]:
+        if id(module) not in self.inside:
+            own = set(self._read_by(module))
+            inside = own.union(*map(self._add, module.children()))
+            self.inside[id(module)] = inside
+            self.own[id(module)] = inside if _is_whole(module) else own
+        return self.inside[id(module)]
+
+    def _read_by(self, module: nn.Module) -> Iterator[int]:
+        for param in module._parameters.values():
+            i = None if param is None else self._index.get(id(param))
+            if param is None or i is None:
+                continue
+            self.sizes[i] = param.numel() * param.element_size()
+            if not _is_read_in_parts(module, param):
+                yield i
 
 
 def _has_forward(module: nn.Module) -> bool:
