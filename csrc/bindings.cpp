@@ -26,24 +26,24 @@ DenseTensor dense_tensor(const Dense& dense) {
     return {reinterpret_cast<const void*>(dense.first), Storage(dense.second)};
 }
 
-Sweep make_sweep(const Pointers& params, const Pointers& residuals, const Pointers& masters,
-                 const Pointers& momenta, const Pointers& outs,
-                 const std::vector<std::vector<Dense>>& dense, const Ints& numels,
-                 const Ints& offsets, const Ints& row_lengths, const Ints& row_strides,
-                 const Pointers& rows, const std::vector<uint64_t>& tensor_ids,
-                 const std::vector<int>& storages, const std::vector<int>& coeff_rows,
-                 const Floats& decays, const Floats& steps, int law, uint64_t seed, Ints draws,
-                 Floats coeffs, Floats scales, int64_t rest, bool sign, Floats gradient,
-                 int64_t rounding, bool plain) {
-    Sweep sweep;
-    sweep.law = Law(law);
-    sweep.seed = seed;
+// An opaque object, made once for tensors that are swept again and again.
+struct SweepTensors {
+    std::vector<SweepTensor> tensors;
+};
+
+SweepTensors make_sweep_tensors(const Pointers& params, const Pointers& residuals,
+                                const Pointers& masters, const Pointers& outs,
+                                const std::vector<std::vector<Dense>>& dense, const Ints& numels,
+                                const Ints& offsets, const Ints& row_lengths,
+                                const Ints& row_strides, const Pointers& rows,
+                                const std::vector<uint64_t>& tensor_ids,
+                                const std::vector<int>& storages) {
+    SweepTensors made;
     for (size_t i = 0; i < params.size(); ++i) {
         SweepTensor tensor{};
         tensor.param = reinterpret_cast<void*>(params[i]);
         tensor.residual = reinterpret_cast<void*>(residuals.at(i));
         if (!masters.empty()) tensor.master = reinterpret_cast<float*>(masters.at(i));
-        if (!momenta.empty()) tensor.momentum = reinterpret_cast<float*>(momenta.at(i));
         if (!outs.empty()) tensor.out = reinterpret_cast<void*>(outs.at(i));
         for (size_t j = 0; j < dense.size(); ++j) tensor.dense[j] = dense_tensor(dense[j].at(i));
         tensor.numel = numels.at(i);
@@ -53,12 +53,27 @@ Sweep make_sweep(const Pointers& params, const Pointers& residuals, const Pointe
         tensor.rows = reinterpret_cast<const int64_t*>(rows.at(i));
         tensor.tensor_id = tensor_ids.at(i);
         tensor.storage = Storage(storages.at(i));
+        made.tensors.push_back(tensor);
+    }
+    return made;
+}
+
+Sweep make_sweep(const SweepTensors& tensors, const Pointers& momenta,
+                 const std::vector<int>& coeff_rows, const Floats& decays, const Floats& steps,
+                 int law, uint64_t seed, Ints draws, Floats coeffs, Floats scales, int64_t rest,
+                 bool sign, Floats gradient, int64_t rounding, bool plain) {
+    Sweep sweep;
+    sweep.tensors = tensors.tensors;
+    sweep.law = Law(law);
+    sweep.seed = seed;
+    for (size_t i = 0; i < sweep.tensors.size(); ++i) {
+        SweepTensor& tensor = sweep.tensors[i];
+        if (!momenta.empty()) tensor.momentum = reinterpret_cast<float*>(momenta.at(i));
         tensor.row = coeff_rows.at(i);
         if (!gradient.empty()) {
             tensor.decay = decays.at(i);
             tensor.step = steps.at(i);
         }
-        sweep.tensors.push_back(tensor);
     }
     sweep.draws = std::move(draws);
     sweep.coeffs = std::move(coeffs);
@@ -201,14 +216,17 @@ MergeStep make_merge_step(const Pointers& params, const Pointers& residuals,
 PYBIND11_MODULE(_C, m) {
     using namespace zokern;
 
+    py::class_<SweepTensors>(m, "SweepTensors")
+        .def(py::init(&make_sweep_tensors), py::kw_only(), py::arg("params"), py::arg("residuals"),
+             py::arg("masters"), py::arg("outs"), py::arg("dense"), py::arg("numels"),
+             py::arg("offsets"), py::arg("row_lengths"), py::arg("row_strides"), py::arg("rows"),
+             py::arg("tensor_ids"), py::arg("storages"));
     py::class_<Sweep>(m, "Sweep")
-        .def(py::init(&make_sweep), py::kw_only(), py::arg("params"), py::arg("residuals"),
-             py::arg("masters"), py::arg("momenta"), py::arg("outs"), py::arg("dense"),
-             py::arg("numels"), py::arg("offsets"), py::arg("row_lengths"), py::arg("row_strides"),
-             py::arg("rows"), py::arg("tensor_ids"), py::arg("storages"), py::arg("coeff_rows"),
-             py::arg("decays"), py::arg("steps"), py::arg("law"), py::arg("seed"), py::arg("draws"),
-             py::arg("coeffs"), py::arg("scales"), py::arg("rest"), py::arg("sign"),
-             py::arg("gradient"), py::arg("rounding"), py::arg("plain"));
+        .def(py::init(&make_sweep), py::kw_only(), py::arg("tensors"), py::arg("momenta"),
+             py::arg("coeff_rows"), py::arg("decays"), py::arg("steps"), py::arg("law"),
+             py::arg("seed"), py::arg("draws"), py::arg("coeffs"), py::arg("scales"),
+             py::arg("rest"), py::arg("sign"), py::arg("gradient"), py::arg("rounding"),
+             py::arg("plain"));
     py::class_<Products>(m, "Products")
         .def(py::init(&make_products), py::kw_only(), py::arg("vectors"), py::arg("numels"),
              py::arg("offsets"), py::arg("row_lengths"), py::arg("row_strides"),

@@ -543,14 +543,15 @@ def test_ctrl_c_during_a_sweep_waits_for_its_end(monkeypatch):
     model = make_model(torch.bfloat16)
     optimizer = train(model, 1)
     before = weights(model)
-    sweep = ops.perturb_
+    backend = zokern.backends.select(torch.device("cpu"))
+    perturb_ = backend.perturb_
 
-    def interrupted(*args, **kwargs):
-        sweep(*args, **kwargs)
+    def interrupted(sweep):
+        perturb_(sweep)
         os.kill(os.getpid(), signal.SIGINT)
         assert True, "bytecode at which the interrupt would arrive"
 
-    monkeypatch.setattr(ops, "perturb_", interrupted)
+    monkeypatch.setattr(backend, "perturb_", interrupted)
     # A process in the background may ignore the signal.
     before_the_test = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 # An address and the enumerator of an element type.
 _Dense = tuple[int, int]
 
-class Sweep:
+class SweepTensors:
     def __init__(
         self,
         *,
         params: list[int],
         residuals: list[int],
         masters: list[int],
-        momenta: list[int],
         outs: list[int],
         dense: list[list[_Dense]],
         numels: list[int],
@@ -22,6 +21,14 @@ class Sweep:
         rows: list[int],
         tensor_ids: list[int],
         storages: list[int],
+    ) -> None: ...
+
+class Sweep:
+    def __init__(
+        self,
+        *,
+        tensors: SweepTensors,
+        momenta: list[int],
         coeff_rows: list[int],
         decays: Sequence[float],
         steps: Sequence[float],

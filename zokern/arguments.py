@@ -15,6 +15,8 @@ T = TypeVar("T")
 K = TypeVar("K")
 # One row of numbers for all tensors, or a row for each.
 Numbers = Sequence[float] | Sequence[Sequence[float]] | Tensor
+# For each tensor None or (offset, row_length, row_stride).
+Shards = Sequence[tuple[int, int, int] | None]
 
 
 def tensor_list(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -68,13 +70,16 @@ def number_rows(name: str, values: Numbers, count: int, k: int) -> list[list[flo
     to_list: Callable[[], list] = getattr(values, "tolist", lambda: list(values))
     given = to_list()
     shared = not given or not isinstance(given[0], Sequence)
-    result: list[list[float]] = [given] if shared else [list(row) for row in given]
+    result: list[list[float]] = [given] if shared else given
     if any(len(row) != k for row in result) or (not shared and len(result) != count):
         raise ValueError(
             f"{name} must be {k} numbers, one per draw, or {k} for each of the {count} params; "
             f"got {values!r}"
         )
-    return [float32s(name, row) for row in result]
+    # Rows that are one object stay one.
+    read = {id(row): row for row in result}
+    read = {key: float32s(name, row) for key, row in read.items()}
+    return [read[id(row)] for row in result]
 
 
 def float32s(name: str, numbers: Sequence[float]) -> list[float]:
@@ -85,6 +90,21 @@ def float32s(name: str, numbers: Sequence[float]) -> list[float]:
     if not all(map(math.isfinite, rounded)):
         raise ValueError(f"{name} must be finite float32 numbers; got {numbers!r}")
     return rounded
+
+
+def shard_list(shards: Shards | None, tensors: list[Tensor]) -> list[tuple[int, ...]]:
+    """Three numbers for each tensor."""
+    given = [None] * len(tensors) if shards is None else list(shards)
+    check_length("shards", given, len(tensors))
+    result: list[tuple[int, ...]] = []
+    for i, (shard, tensor) in enumerate(zip(given, tensors, strict=True)):
+        if shard is None:
+            result.append((0, tensor.numel(), tensor.numel()))
+            continue
+        if len(shard) != 3:
+            raise ValueError(f"shards[{i}] must be (offset, row_length, row_stride), not {shard!r}")
+        result.append(tuple(integer(f"shards[{i}]", n, bits=63) for n in shard))
+    return result
 
 
 def unflatten(name: str, flat: list[float], count: int, k: int) -> list[list[float]]:

@@ -34,7 +34,7 @@ def check_direction_law(law: str) -> None:
 
 def check_operand(sweep: Sweep, i: int) -> None:
     """Raises TypeError or ValueError, naming the operand, if it cannot be swept in place."""
-    param, residual, update = sweep.params[i], sweep.residuals[i], sweep.update
+    param, residual = sweep.params[i], sweep.residuals[i]
     check_layout = check_strided if sweep.outs is None else check_plain
     argument, tensor = "params", param
     try:
@@ -58,9 +58,6 @@ def check_operand(sweep: Sweep, i: int) -> None:
             if residual is not None:
                 raise ValueError("a parameter has a master or a residual, not both")
             check_float32_beside(param, tensor)
-        if update is not None and update.momenta is not None:
-            argument, tensor = "momenta", update.momenta[i]
-            check_float32_beside(param, tensor)
         if sweep.outs is not None:
             argument, tensor = "outs", sweep.outs[i]
             _check_out(param, tensor)
@@ -71,10 +68,28 @@ def check_operand(sweep: Sweep, i: int) -> None:
         raise named_error(error, argument, i, tensor) from None
 
 
+def check_update(sweep: Sweep, i: int) -> None:
+    """Raises TypeError or ValueError, naming it, if a momentum cannot take the sweep's update."""
+    momenta = None if sweep.update is None else sweep.update.momenta
+    if momenta is None:
+        return
+    try:
+        check_float32_beside(sweep.params[i], momenta[i])
+        after = sweep.draws[sweep.rest :]
+        if any(momenta[i] is vectors[i] and ~j in after for j, vectors in enumerate(sweep.dense)):
+            raise ValueError("a momentum that is updated can be a direction only before rest")
+    except (TypeError, ValueError) as error:
+        raise named_error(error, "momenta", i, momenta[i]) from None
+
+
 def check_form(sweep: Sweep) -> None:
     """Raises ValueError if what a sweep does to all its tensors cannot be done."""
     if sweep.update is not None and sweep.rest == 0:
         raise ValueError("an update moves the place of rest: rest must be at least 1")
+    if not 0 <= sweep.rest <= len(sweep.draws):
+        raise ValueError(
+            f"rest must be between 0 and the {len(sweep.draws)} directions, not {sweep.rest}"
+        )
     if sweep.outs is not None and (sweep.masters is not None or sweep.update is not None):
         raise ValueError("a sweep into outs leaves all else alone: no masters and no update")
     if sweep.rounding is not None and sweep.masters is not None:
@@ -239,9 +254,6 @@ def _check_dense(sweep: Sweep, i: int, j: int) -> None:
     check_plain(vector)
     check_dtype(vector)
     check_beside(sweep.params[i], vector)
-    momenta = None if sweep.update is None else sweep.update.momenta
-    if momenta is not None and vector is momenta[i] and ~j in sweep.draws[sweep.rest :]:
-        raise ValueError("a momentum that is updated can be a direction only before rest")
 
 
 def check_plain(tensor: Tensor) -> None:

@@ -4,7 +4,7 @@ import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -40,43 +40,68 @@ def empty_like(tensor: Tensor) -> Tensor:
     return _with_huge_pages(torch.empty_like(tensor, memory_format=torch.contiguous_format))
 
 
+class Buffer:
+    """Memory that is lent."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self._kept: dict[Hashable, list[Tensor]] = {}
+
+    def cut(self, likes: Sequence[Tensor], key: Hashable | None = None) -> list[Tensor]:
+        """Contiguous tensors of these shapes and dtypes; for the same key the same ones again."""
+        if key is None:
+            return list(self._cut(likes))
+        if key not in self._kept:
+            self._kept[key] = list(self._cut(likes))
+        return self._kept[key]
+
+    def _cut(self, likes: Sequence[Tensor]) -> Iterator[Tensor]:
+        begin = 0
+        for like in likes:
+            end = begin + like.numel() * like.element_size()
+            yield self.memory[begin:end].view(like.dtype).view(like.shape)
+            begin = _aligned(end)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether anybody holds a part of it, but for the tensors that have a key."""
+        storage = self.memory.untyped_storage()
+        # The memory itself and the storage object that asks.
+        known = 2 + sum(map(len, self._kept.values()))
+        return torch._C._storage_Use_Count(storage._cdata) > known
+
+
 class Scratch:
     """Buffers that are lent, given back and lent again."""
 
     def __init__(self) -> None:
-        self._free: list[Tensor] = []
+        self._free: list[Buffer] = []
 
-    def lend(self, likes: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """A buffer and, in it, contiguous tensors of these shapes and dtypes; of one device."""
-        offsets, size = [], 0
-        for like in likes:
-            offsets.append(size)
-            size += -(-like.numel() * like.element_size() // ALIGNMENT) * ALIGNMENT
-        buffer = self._buffer(size, likes[0].device)
-        tensors = []
-        for like, begin in zip(likes, offsets, strict=True):
-            end = begin + like.numel() * like.element_size()
-            tensors.append(buffer[begin:end].view(like.dtype).view(like.shape))
-        return buffer, tensors
+    def lend(self, likes: Sequence[Tensor]) -> Buffer:
+        """One that tensors of these shapes and dtypes, of one device, can be cut from."""
+        size = sum(_aligned(like.numel() * like.element_size()) for like in likes)
+        device = likes[0].device
+        own = [i for i, buffer in enumerate(self._free) if buffer.memory.device == device]
+        own.sort(key=lambda i: self._free[i].memory.numel())
+        for i in own:
+            if self._free[i].memory.numel() >= size:
+                return self._free.pop(i)
+        if own:
+            # One that is too small would lie there unused.
+            del self._free[own[-1]]
+        with torch.inference_mode(False):
+            empty = torch.empty(size, dtype=torch.uint8, device=device)
+        return Buffer(_with_huge_pages(empty))
 
-    def take_back(self, buffer: Tensor) -> None:
+    def take_back(self, buffer: Buffer) -> None:
         """Of which the borrower keeps nothing; it is lent again unless somebody else does."""
-        # The buffer itself and the storage object that asks.
-        if torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) == 2:
+        if not buffer.is_shared:
             self._free.append(buffer)
 
     def clear(self) -> None:
         """Let go of what is not lent."""
         self._free.clear()
 
-    def _buffer(self, size: int, device: torch.device) -> Tensor:
-        own = [i for i, buffer in enumerate(self._free) if buffer.device == device]
-        own.sort(key=lambda i: self._free[i].numel())
-        for i in own:
-            if self._free[i].numel() >= size:
-                return self._free.pop(i)
-        if own:
-            # One that is too small would lie there unused.
-            del self._free[own[-1]]
-        with torch.inference_mode(False):
-            return _with_huge_pages(torch.empty(size, dtype=torch.uint8, device=device))
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

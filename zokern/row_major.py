@@ -22,6 +22,10 @@ class RowMajor:
             self._copies[id(tensor)] = (tensor, tensor.contiguous())
         return self._copies[id(tensor)][1]
 
+    @property
+    def has_copied(self) -> bool:
+        return bool(self._copies)
+
     def write_back(self, written: Iterable[Tensor]) -> None:
         for tensor in written:
             if id(tensor) in self._copies:

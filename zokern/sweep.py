@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -77,6 +77,9 @@ class Sweep:
     rounding: int | None
     seed: int
     law: str
+    # What a backend has made of the tensors, kept for the next sweep over the same ones; None where
+    # nobody says that there will be one.
+    kept: dict[str, Any] | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -96,6 +99,10 @@ class Sweep:
             masters=self.masters or [],
             momenta=momenta or [],
         )
+
+    def operands(self) -> Iterator[tuple[str, int, Tensor]]:
+        yield from self.written()
+        yield from self.read()
 
     def read(self) -> Iterator[tuple[str, int, Tensor]]:
         """Those that it reads and leaves as they are."""
@@ -130,8 +137,12 @@ class InnerProducts:
 @contextmanager
 def row_major(sweep: Sweep) -> Iterator[Sweep]:
     """The sweep over operands that are contiguous; those that it writes are written back."""
-    contiguous = RowMajor()
     update = sweep.update
+    if sweep.kept and (update is None or update.momenta is None):
+        # It was made of contiguous ones.
+        yield sweep
+        return
+    contiguous = RowMajor()
     if update is not None and update.momenta is not None:
         update = replace(update, momenta=[contiguous(momentum) for momentum in update.momenta])
     yield replace(
@@ -141,5 +152,6 @@ def row_major(sweep: Sweep) -> Iterator[Sweep]:
         masters=None if sweep.masters is None else [contiguous(m) for m in sweep.masters],
         dense=[[contiguous(vector) for vector in vectors] for vectors in sweep.dense],
         update=update,
+        kept=None if contiguous.has_copied else sweep.kept,
     )
     contiguous.write_back(tensor for _, _, tensor in sweep.written())

@@ -7,11 +7,15 @@ Nothing is written before every operand has passed.
 
 from zokern.ops.deltas import merge_deltas
 from zokern.ops.magnitudes import adam_threshold, difference_threshold, l1_sums, magnitude_threshold
+from zokern.ops.noise import noise_sample
+from zokern.ops.products import inner_products
 from zokern.ops.steps import check_merge_step, merge_step_
-from zokern.ops.sweeps import inner_products, noise_sample, perturb_
+from zokern.ops.sweeper import Sweeper
+from zokern.ops.sweeps import perturb_
 from zokern.sweep import Update
 
 __all__ = [
+    "Sweeper",
     "Update",
     "adam_threshold",
     "check_merge_step",

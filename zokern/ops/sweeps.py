@@ -1,6 +1,7 @@
-"""Sweeps along noise, inner products with it, and noise as tensors."""
+"""Sweeps along noise and dense directions, in place or not."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from zokern import backends
 from zokern.arguments import (
     Numbers,
-    by_device,
+    Shards,
     check_flat,
     check_length,
     directions,
@@ -20,24 +21,15 @@ from zokern.arguments import (
     packed,
     pick,
     positions,
+    shard_list,
     signed,
     tensor_list,
     unflatten,
     unpacked,
     unsigned,
 )
-from zokern.checks import (
-    check_direction_law,
-    check_elements,
-    check_form,
-    check_memory,
-    check_operand,
-    check_vector,
-)
-from zokern.laws import LAWS
-from zokern.sweep import InnerProducts, Shard, Sweep, Update
-
-Shards = Sequence[tuple[int, int, int] | None]
+from zokern.checks import check_direction_law, check_form, check_memory, check_operand, check_update
+from zokern.sweep import Shard, Sweep, Update
 
 torch.library.define(
     "zokern::perturb_",
@@ -46,14 +38,6 @@ torch.library.define(
     " float[] scales, int rest, float[] gradient, float[] decays, float[] steps, bool sign,"
     " int seed, str law, int[] tensor_ids, int[] shards, Tensor[] rows, int[] row_of,"
     " int? rounding) -> ()",
-)
-torch.library.define(
-    "zokern::inner_products",
-    "(Tensor[] vectors, int draw, int seed, str law, int[] tensor_ids, int[] shards) -> Tensor",
-)
-torch.library.define(
-    "zokern::noise_sample",
-    "(str law, int numel, int seed, int draw, int tensor_id, int offset, Device device) -> Tensor",
 )
 
 
@@ -147,20 +131,109 @@ def perturb_(
             range, naming it, before anything is written.
     """
     params = tensor_list("params", params)
-    count = len(params)
+    numbers = read_numbers(
+        len(params),
+        len(dense),
+        draws,
+        coeffs,
+        has_masters=masters is not None,
+        seed=seed,
+        scales=scales,
+        rest=rest,
+        update=update,
+        rounding=rounding,
+    )
+    calls = operator_calls(
+        numbers,
+        law,
+        params,
+        tensor_ids=tensor_ids,
+        shards=shards,
+        rows=rows,
+        residuals=residuals,
+        masters=masters,
+        outs=outs,
+        dense=dense,
+    )
+    if len(calls) > 1:
+        for call in calls:
+            check_memory(sweep_of(*call.arguments))
+    with torch.no_grad():
+        for call in calls:
+            torch.ops.zokern.perturb_(*call.arguments)
+
+
+@dataclass(frozen=True)
+class SweepNumbers:
+    """The numbers of a sweep as users gave them, read: one row for all tensors or one for each."""
+
+    draws: list[int]
+    coeffs: list[list[float]]
+    scales: list[list[float]] | None
+    rest: int
+    update: Update | None
+    rounding: int | None
+    seed: int
+
+
+def read_numbers(
+    count: int,
+    slots: int,
+    draws: Sequence[int],
+    coeffs: Numbers,
+    *,
+    has_masters: bool,
+    seed: int,
+    scales: Numbers | None,
+    rest: int | None,
+    update: Update | None,
+    rounding: int | None,
+) -> SweepNumbers:
+    """Of a sweep of ``count`` tensors with ``slots`` dense directions."""
+    draws = directions(draws, slots)
+    if not draws and not has_masters:
+        raise ValueError("draws is empty: give at least one direction")
+    k = len(draws)
+    return SweepNumbers(
+        draws=draws,
+        coeffs=number_rows("coeffs", coeffs, count, k),
+        scales=None if scales is None else number_rows("scales", scales, count, k),
+        rest=k if rest is None else integer("rest", rest, bits=32),
+        update=None if update is None else _read_update(update, count, k),
+        rounding=None if rounding is None else integer("rounding", rounding, bits=32),
+        seed=integer("seed", seed, bits=64),
+    )
+
+
+@dataclass(frozen=True)
+class OperatorCall:
+    """The arguments of one call of the operator, and which of the tensors it sweeps."""
+
+    members: list[int]
+    arguments: tuple
+
+
+def operator_calls(
+    numbers: SweepNumbers,
+    law: str,
+    params: list[Tensor],
+    *,
+    tensor_ids: Sequence[int] | None = None,
+    shards: Shards | None = None,
+    rows: Sequence[Tensor | None] | None = None,
+    residuals: Sequence[Tensor | None] | None = None,
+    masters: Sequence[Tensor] | None = None,
+    outs: Sequence[Tensor] | None = None,
+    dense: Sequence[Sequence[Tensor]] = (),
+) -> list[OperatorCall]:
+    """A call for each device, and for exact tensors beside rounded ones."""
+    count, update = len(params), numbers.update
     dense = [tensor_list(f"dense[{j}]", vectors) for j, vectors in enumerate(dense)]
     for j, vectors in enumerate(dense):
         check_length(f"dense[{j}]", vectors, count)
-    draws = directions(draws, len(dense))
-    if not draws and masters is None:
-        raise ValueError("draws is empty: give at least one direction")
-    k = len(draws)
-    coeff_rows = number_rows("coeffs", coeffs, count, k)
-    scale_rows = None if scales is None else number_rows("scales", scales, count, k)
-    seed = integer("seed", seed, bits=64)
     ids = list(range(count)) if tensor_ids is None else integers("tensor_ids", tensor_ids, bits=56)
     check_length("tensor_ids", ids, count)
-    shard_list = _shard_list(shards, params)
+    own_shards = shard_list(shards, params)
     residual_list = [None] * count if residuals is None else list(residuals)
     check_length("residuals", residual_list, count)
     row_list = [None] * count if rows is None else list(rows)
@@ -169,11 +242,8 @@ def perturb_(
     check_length("masters", params if master_list is None else master_list, count)
     out_list = None if outs is None else tensor_list("outs", outs)
     check_length("outs", params if out_list is None else out_list, count)
-    rest = k if rest is None else integer("rest", rest, bits=32)
-    update = None if update is None else _read_update(update, count, k)
-    rounding = None if rounding is None else integer("rounding", rounding, bits=32)
 
-    def call(members: list[int], own_rounding: int | None) -> tuple:
+    def call(members: list[int], rounding: int | None) -> tuple:
         momenta = None if update is None else update.momenta
         return (
             pick(params, members),
@@ -182,42 +252,42 @@ def perturb_(
             [] if momenta is None else pick(momenta, members),
             [] if out_list is None else pick(out_list, members),
             [vectors[i] for vectors in dense for i in members],
-            draws,
-            flat(coeff_rows, members),
-            [] if scale_rows is None else flat(scale_rows, members),
-            rest,
+            numbers.draws,
+            flat(numbers.coeffs, members),
+            [] if numbers.scales is None else flat(numbers.scales, members),
+            numbers.rest,
             [] if update is None else flat(update.gradient, members),
             [] if update is None else pick(update.decays, members),
             [] if update is None else pick(update.steps, members),
             update is not None and update.sign,
-            signed(seed),
+            signed(numbers.seed),
             law,
             pick(ids, members),
-            [n for i in members for n in shard_list[i]],
+            [n for i in members for n in own_shards[i]],
             *packed(pick(row_list, members)),
-            own_rounding,
+            rounding,
         )
 
     # An operator's call rounds all of its tensors or none.
     exact = [param.dtype == torch.float32 for param in params]
-    roundings = [None if one and not all(exact) else rounding for one in exact]
+    roundings = [None if one and not all(exact) else numbers.rounding for one in exact]
     kinds = positions(zip([param.device for param in params], roundings, strict=True))
-    calls = [call(members, own_rounding) for (_, own_rounding), members in kinds.items()]
-    if len(calls) > 1:
-        for arguments in calls:
-            check_memory(_sweep(*arguments))
-    with torch.no_grad():
-        for arguments in calls:
-            torch.ops.zokern.perturb_(*arguments)
+    return [
+        OperatorCall(members, call(members, rounding)) for (_, rounding), members in kinds.items()
+    ]
 
 
 @torch.library.impl("zokern::perturb_", "CompositeExplicitAutograd")
 def _perturb_kernel(params: list[Tensor], *arguments) -> None:
-    sweep = _sweep(params, *arguments)
-    if not params:
-        return
-    check_memory(sweep)
-    backends.select(params[0].device).perturb_(sweep)
+    sweep = sweep_of(params, *arguments)
+    if params:
+        check_memory(sweep)
+        run(sweep)
+
+
+def run(sweep: Sweep) -> None:
+    """Run a sweep that has passed all checks."""
+    backends.select(sweep.params[0].device).perturb_(sweep)
     # The dispatcher leaves this to the kernels; autograd notices stale saved tensors by it.
     torch.autograd.graph.increment_version(
         [tensor for _, _, tensor in sweep.written() if not tensor.is_inference()]
@@ -226,126 +296,10 @@ def _perturb_kernel(params: list[Tensor], *arguments) -> None:
 
 @torch.library.register_fake("zokern::perturb_")
 def _perturb_fake(*arguments) -> None:
-    _sweep(*arguments)
+    sweep_of(*arguments)
 
 
-def inner_products(
-    vectors: Iterable[Tensor],
-    draw: int,
-    *,
-    seed: int,
-    law: str = "gauss16",
-    tensor_ids: Sequence[int] | None = None,
-    shards: Shards | None = None,
-) -> Tensor:
-    """Inner products of tensors with each other's noise, which is drawn on the way.
-
-    Accumulated so exactly that every backend and every sharding gives the same sums once they are
-    rounded to float32.
-
-    Args:
-        vectors: float32, bfloat16 or float16 tensors v, in any memory format.
-        draw: 0 ≤ draw < 2^32, whose noise is z.
-        seed, law, tensor_ids, shards: as for :func:`perturb_`.
-
-    Returns:
-        A float64 tensor of shape (len(vectors), 3) on the CPU: v·v, v·z and z·z for each tensor.
-
-    Raises:
-        TypeError, ValueError: for an argument out of range, naming it.
-    """
-    vectors = tensor_list("vectors", vectors)
-    count = len(vectors)
-    ids = list(range(count)) if tensor_ids is None else integers("tensor_ids", tensor_ids, bits=56)
-    check_length("tensor_ids", ids, count)
-    shard_list = _shard_list(shards, vectors)
-    draw = integer("draw", draw, bits=32)
-    seed = signed(integer("seed", seed, bits=64))
-    sums = torch.zeros(count, 3, dtype=torch.float64)
-    with torch.no_grad():
-        for members in by_device(vectors).values():
-            sums[members] = torch.ops.zokern.inner_products(
-                pick(vectors, members),
-                draw,
-                seed,
-                law,
-                pick(ids, members),
-                [n for i in members for n in shard_list[i]],
-            )
-    return sums
-
-
-@torch.library.impl("zokern::inner_products", "CompositeExplicitAutograd")
-def _inner_products_kernel(vectors: list[Tensor], *arguments) -> Tensor:
-    products = _products(vectors, *arguments)
-    if not vectors:
-        return torch.zeros(0, 3, dtype=torch.float64)
-    return backends.select(vectors[0].device).inner_products(products)
-
-
-@torch.library.register_fake("zokern::inner_products")
-def _inner_products_fake(vectors: list[Tensor], *arguments) -> Tensor:
-    _products(vectors, *arguments)
-    return torch.empty(len(vectors), 3, dtype=torch.float64)
-
-
-def noise_sample(
-    law: str,
-    numel: int,
-    *,
-    seed: int,
-    draw: int,
-    tensor_id: int,
-    offset: int,
-    device: torch.device | str,
-) -> Tensor:
-    """See :func:`zokern.noise.sample`."""
-    _check_sample(law, numel, offset)
-    return torch.ops.zokern.noise_sample(
-        law,
-        numel,
-        signed(integer("seed", seed, bits=64)),
-        integer("draw", draw, bits=32),
-        integer("tensor_id", tensor_id, bits=56),
-        offset,
-        torch.device(device),
-    )
-
-
-@torch.library.impl("zokern::noise_sample", "CompositeExplicitAutograd")
-def _noise_sample_kernel(
-    law: str, numel: int, seed: int, draw: int, tensor_id: int, offset: int, device: torch.device
-) -> Tensor:
-    _check_sample(law, numel, offset)
-    return backends.select(device).sample(
-        law,
-        numel,
-        seed=unsigned(seed),
-        draw=integer("draw", draw, bits=32),
-        tensor_id=integer("tensor_id", tensor_id, bits=56),
-        offset=offset,
-        device=device,
-    )
-
-
-@torch.library.register_fake("zokern::noise_sample")
-def _noise_sample_fake(law, numel, seed, draw, tensor_id, offset, device) -> Tensor:
-    _check_sample(law, numel, offset)
-    return torch.empty(numel, dtype=LAWS[law].dtype, device=device)
-
-
-def _check_sample(law: str, numel: int, offset: int) -> None:
-    if law not in LAWS:
-        raise ValueError(f"unknown law {law!r}; there are {', '.join(LAWS)}")
-    integer("numel", numel, bits=63)
-    integer("offset", offset, bits=63)
-    try:
-        check_elements(offset + numel, law)
-    except ValueError as error:
-        raise ValueError(f"the range [{offset}, {offset + numel}): {error}") from None
-
-
-def _sweep(
+def sweep_of(
     params: list[Tensor],
     residuals: list[Tensor],
     residual_of: list[int],
@@ -382,8 +336,6 @@ def _sweep(
         check_flat(count, outs=(outs, 1))
     if count and len(dense) % count:
         raise ValueError(f"dense has {len(dense)} entries, no multiple of the {count} params")
-    if not 0 <= rest <= k:
-        raise ValueError(f"rest must be between 0 and the {k} directions, not {rest}")
     update = None
     if gradient:
         check_flat(count, decays=(decays, 1), steps=(steps, 1))
@@ -418,32 +370,8 @@ def _sweep(
     check_form(sweep)
     for i in range(count):
         check_operand(sweep, i)
+        check_update(sweep, i)
     return sweep
-
-
-def _products(
-    vectors: list[Tensor],
-    draw: int,
-    seed: int,
-    law: str,
-    tensor_ids: list[int],
-    shards: list[int],
-) -> InnerProducts:
-    """The flat arguments of the schema, checked."""
-    check_direction_law(law)
-    count = len(vectors)
-    check_flat(count, tensor_ids=(tensor_ids, 1), shards=(shards, 3))
-    products = InnerProducts(
-        vectors=vectors,
-        shards=[Shard(*shards[3 * i : 3 * i + 3]) for i in range(count)],
-        tensor_ids=integers("tensor_ids", tensor_ids, bits=56),
-        draw=integer("draw", draw, bits=32),
-        seed=unsigned(seed),
-        law=law,
-    )
-    for i in range(count):
-        check_vector(products, i)
-    return products
 
 
 def _read_update(update: Update, count: int, k: int) -> Update:
@@ -463,18 +391,3 @@ def _read_update(update: Update, count: int, k: int) -> Update:
         momenta,
         bool(update.sign),
     )
-
-
-def _shard_list(shards: Shards | None, tensors: list[Tensor]) -> list[tuple[int, ...]]:
-    """Three numbers for each tensor."""
-    given = [None] * len(tensors) if shards is None else list(shards)
-    check_length("shards", given, len(tensors))
-    result: list[tuple[int, ...]] = []
-    for i, (shard, tensor) in enumerate(zip(given, tensors, strict=True)):
-        if shard is None:
-            result.append((0, tensor.numel(), tensor.numel()))
-            continue
-        if len(shard) != 3:
-            raise ValueError(f"shards[{i}] must be (offset, row_length, row_stride), not {shard!r}")
-        result.append(tuple(integer(f"shards[{i}]", n, bits=63) for n in shard))
-    return result

@@ -95,6 +95,7 @@ class Displacement:
         self.expansions: dict[int, Expansion] = {}
         # Seed and law of the noise along which the weights are displaced.
         self._noise: tuple[int, str] = (0, "")
+        self._sweeper = ops.Sweeper()
 
     @property
     def at_rest(self) -> bool:
@@ -212,7 +213,7 @@ class Displacement:
                 step.sign,
             )
         has_slots = any(draw < 0 for draw in (*before, *after))
-        ops.perturb_(
+        self._sweeper.perturb_(
             [member.param for member in members],
             [*before, *after],
             coeffs,

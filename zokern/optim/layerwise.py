@@ -12,7 +12,7 @@ a weight larger than ``CHUNK`` is evaluated in chunks of its rows.
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
@@ -24,7 +24,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn import functional
 
 from zokern import ops
-from zokern.memory import Scratch
+from zokern.memory import Buffer, Scratch
 from zokern.optim.aliases import check_aliases
 from zokern.optim.compiled import check_not_compiling, is_compiled
 from zokern.optim.displacement import (
@@ -56,8 +56,11 @@ class Point:
     seed: int
     law: str
 
-    def row(self, i: int) -> Sequence[float]:
-        return self.coeffs[i] if isinstance(self.coeffs[0], tuple) else self.coeffs
+    def rows(self, members: list[int]) -> Sequence:
+        """One row for all of these, or one for each."""
+        if isinstance(self.coeffs[0], tuple):
+            return [self.coeffs[i] for i in members]
+        return self.coeffs
 
 
 class LayerwiseDisplacement(Displacement):
@@ -67,6 +70,8 @@ class LayerwiseDisplacement(Displacement):
         super().__init__()
         self.module = module
         self._view: View | None = None
+        # What views of the same layers have in common.
+        self._sweepers: dict[Hashable, ops.Sweeper] = {}
 
     def fresh(self) -> "LayerwiseDisplacement":
         return LayerwiseDisplacement(self.module)
@@ -112,7 +117,7 @@ class LayerwiseDisplacement(Displacement):
             if not wanted:
                 return
             if self._view is None:
-                self._view = View(self.module, self.members)
+                self._view = View(self.module, self.members, self._sweepers)
                 self._view.close_with(self)
             self.coefficients, self._noise = wanted, (seed, law)
             made = self.from_rest(wanted)
@@ -141,6 +146,18 @@ class Layer:
     members: list[int]
 
 
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What is perturbed together: members, or a part of one."""
+
+    key: Hashable
+    members: list[int]
+    params: list[Tensor]
+    residuals: list[Tensor | None]
+    dense: list[tuple[Tensor, ...]]
+    shards: list[tuple[int, int, int]] | None = None
+
+
 @dataclass
 class Lent:
     """What a running forward was lent."""
@@ -148,7 +165,7 @@ class Lent:
     layer: Layer
     # Of each member the address of what it was lent.
     addresses: dict[int, int]
-    buffer: Tensor | None = None
+    buffer: Buffer | None = None
 
 
 class Hook:
@@ -168,17 +185,21 @@ class Hook:
 class View:
     """What a module's readers see of its parameters until it is closed."""
 
-    def __init__(self, module: nn.Module, members: list[Member]) -> None:
+    def __init__(
+        self, module: nn.Module, members: list[Member], sweepers: dict[Hashable, ops.Sweeper]
+    ) -> None:
         for member in members:
             check_unwatched(member.param)
+        self._module = module
         self._members = members
+        self._sweepers = sweepers
         self._index = {id(member.param): i for i, member in enumerate(members)}
-        self._names = {id(param): name for name, param in module.named_parameters()}
         check_aliases(module, [member.param for member in members])
         self._stored = [member.param.data for member in members]
         # What the parameters hold instead: who reads it behind torch's back is not to miss it.
         self._hidden = _nan_like(self._stored)
         self._scratch = Scratch()
+        self._sources: dict[Hashable, Source] = {}
         self._running: list[Lent] = []
         self._undo: list[Callable[[], object]] = []
         self._point: Point | None = None
@@ -255,8 +276,7 @@ class View:
         if not members or (_keeps_what_it_reads() and not is_compiled(layer.module)):
             # In the latter case each operation is given a buffer of its own.
             return
-        lent.buffer, tensors = self._scratch.lend([self._stored[i] for i in members])
-        self._write(members, tensors)
+        lent.buffer, tensors = self._perturbed(self._source(members), keep=True)
         for i, tensor in zip(members, tensors, strict=True):
             lent.addresses[i] = tensor.data_ptr()
             unwatch(self._members[i].param)
@@ -306,55 +326,63 @@ class View:
                 "thread that called step or ask, or take layerwise=False"
             )
 
-    def _write(self, members: list[int], outs: list[Tensor]) -> None:
-        """The members' perturbed values."""
-        self._sweep(
-            members,
-            [self._stored[i] for i in members],
-            [self._members[i].residual for i in members],
-            [self._members[i].dense for i in members],
-            outs,
-        )
+    def _source(self, members: list[int]) -> Source:
+        key = tuple(members)
+        if key not in self._sources:
+            self._sources[key] = Source(
+                key,
+                members,
+                [self._stored[i] for i in members],
+                [self._members[i].residual for i in members],
+                [self._members[i].dense for i in members],
+            )
+        return self._sources[key]
 
-    def _sweep(
-        self,
-        members: list[int],
-        params: list[Tensor],
-        residuals: list[Tensor | None],
-        dense: list[tuple[Tensor, ...]],
-        outs: list[Tensor],
-        **places: Any,
-    ) -> None:
+    def _perturbed(self, source: Source, *, keep: bool) -> tuple[Buffer, list[Tensor]]:
+        """The source's perturbed values, and the buffer that they lie in.
+
+        With ``keep`` the tensors are used again: nobody but the caller may get hold of them.
+        """
+        buffer = self._scratch.lend(source.params)
+        tensors = buffer.cut(source.params, source.key if keep else None)
+        self._sweep(source, tensors)
+        return buffer, tensors
+
+    def _sweep(self, source: Source, outs: list[Tensor], rows: list[Tensor] | None = None) -> None:
         point = self._point
         assert point is not None
-        ops.perturb_(
-            params,
+        if source.key not in self._sweepers:
+            self._sweepers[source.key] = ops.Sweeper()
+        has_slots = any(draw < 0 for draw in point.draws)
+        self._sweepers[source.key].perturb_(
+            source.params,
             point.draws,
-            [point.row(i) for i in members],
+            point.rows(source.members),
             seed=point.seed,
             law=point.law,
-            tensor_ids=[self._members[i].tensor_id for i in members],
-            residuals=residuals,
-            dense=list(zip(*dense, strict=True)) if any(d < 0 for d in point.draws) else (),
+            tensor_ids=[self._members[i].tensor_id for i in source.members],
+            shards=source.shards,
+            rows=rows,
+            residuals=source.residuals,
+            dense=list(zip(*source.dense, strict=True)) if has_slots else (),
             outs=outs,
-            **places,
         )
 
     def name_of(self, param: Tensor) -> str:
-        return self._names.get(id(param), "a parameter that its module had")
+        names = {id(own): name for name, own in self._module.named_parameters()}
+        return names.get(id(param), "a parameter that its module had")
 
     def at_rest(self, param: Tensor) -> Tensor:
         return self._stored[self._index[id(param)]]
 
-    def lend(self, param: Tensor) -> tuple[Tensor, Tensor]:
+    def lend(self, param: Tensor) -> tuple[Tensor, Buffer]:
         self._check_thread()
         i = self._index[id(param)]
         with _outside_functorch():
-            buffer, tensors = self._scratch.lend([self._stored[i]])
-            self._write([i], tensors)
-        return tensors[0], buffer
+            buffer, (tensor,) = self._perturbed(self._source([i]), keep=False)
+        return tensor, buffer
 
-    def take_back(self, buffer: Tensor) -> None:
+    def take_back(self, buffer: Buffer) -> None:
         with _outside_functorch():
             self._scratch.take_back(buffer)
 
@@ -381,13 +409,10 @@ class View:
         if _in_functorch():
             return NotImplemented
         numbers, places = torch.unique(input.long(), return_inverse=True)
-        rows, residual, dense = self._parts(i, lambda t: t.index_select(0, numbers))
         width = weight.shape[1]
-        out = torch.empty_like(rows)
-        self._sweep(
-            [i], [rows], [residual], [dense], [out],
-            shards=[(0, width, width)], rows=[numbers],
-        )  # fmt: skip
+        source = self._part(i, lambda t: t.index_select(0, numbers), (0, width, width))
+        out = torch.empty_like(source.params[0])
+        self._sweep(source, [out], rows=[numbers])
         return functional.embedding(places, out)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -402,14 +427,12 @@ class View:
             bias, _ = self.lend(bias)
         step = max(1, _chunk_of(weight) // (width * weight.element_size()))
         result = None
+        # A graph for gradients would keep them.
+        keep = not _keeps_what_it_reads()
         for begin in range(0, count, step):
             part = slice(begin, begin + step)
-            param, residual, dense = self._parts(i, itemgetter(part))
-            buffer, outs = self._scratch.lend([param])
-            self._sweep(
-                [i], [param], [residual], [dense], outs,
-                shards=[(begin * width, param.numel(), param.numel())],
-            )  # fmt: skip
+            source = self._rows_of(i, part)
+            buffer, outs = self._perturbed(source, keep=keep)
             own = functional.linear(input, outs[0], None if bias is None else bias[part])
             if result is None:
                 result = own.new_empty(*own.shape[:-1], count)
@@ -418,13 +441,22 @@ class View:
             self._scratch.take_back(buffer)
         return result
 
-    def _parts(
-        self, i: int, part: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Of a member's value, its residual and its dense directions."""
+    def _rows_of(self, i: int, rows: slice) -> Source:
+        """A member's rows, one after another."""
+        key = i, rows.start
+        if key not in self._sources:
+            param = self._stored[i][rows]
+            shard = (rows.start * param[0].numel(), param.numel(), param.numel())
+            self._sources[key] = self._part(i, itemgetter(rows), shard)
+        return self._sources[key]
+
+    def _part(
+        self, i: int, part: Callable[[Tensor], Tensor], shard: tuple[int, int, int]
+    ) -> Source:
         member = self._members[i]
         residual = None if member.residual is None else part(member.residual)
-        return part(self._stored[i]), residual, tuple(map(part, member.dense))
+        dense = tuple(map(part, member.dense))
+        return Source((i, shard), [i], [part(self._stored[i])], [residual], [dense], [shard])
 
 
 def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
@@ -433,34 +465,26 @@ def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
     As few as do with a buffer for the largest of those that cannot be divided, or for ``SHARE`` of
     all parameters: one write for an attention costs less than one for each of its projections.
     """
-    own = {id(m): _read_by(m, index, recurse=_is_whole(m)) for m in module.modules()}
-    sizes = {i: param.numel() * param.element_size() for param, i in _members_of(module, index)}
-
-    def size(members: Iterable[int]) -> float:
-        return sum(sizes[i] for i in members)
-
-    def read_by(module: nn.Module) -> set[int]:
-        return _read_by(module, index, recurse=True)
-
-    bound = max(*map(size, own.values()), size(sizes) * SHARE)
+    tree = Tree(module, index)
+    bound = max(*map(tree.size, tree.own.values()), sum(tree.sizes.values()) * SHARE)
     seen: set[int] = set()
 
     def visit(module: nn.Module) -> Iterator[Layer]:
         if id(module) in seen:
             return
         seen.add(id(module))
-        whole = read_by(module)
-        if _is_whole(module) or (_has_forward(module) and size(whole) <= bound):
+        whole = tree.inside[id(module)]
+        if _is_whole(module) or (_has_forward(module) and tree.size(whole) <= bound):
             if whole:
                 yield Layer(module, sorted(whole))
             return
-        mine, children = own[id(module)], list(module.children())
+        mine, children = tree.own[id(module)], list(module.children())
         if _has_forward(module):
             # Norms and the like are written with whom they belong to.
             small = [child for child in children if not _is_whole(child)]
-            small = [child for child in small if size(read_by(child)) <= bound * SMALL]
-            added = set().union(*map(read_by, small))
-            if size(added) <= bound * SMALL:
+            small = [c for c in small if tree.size(tree.inside[id(c)]) <= bound * SMALL]
+            added = set().union(*(tree.inside[id(child)] for child in small))
+            if tree.size(added) <= bound * SMALL:
                 mine = mine | added
                 seen.update(id(inner) for child in small for inner in child.modules())
         if mine:
@@ -471,24 +495,41 @@ def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
     return list(visit(module))
 
 
-def _members_of(module: nn.Module, index: dict[int, int]) -> Iterator[tuple[Tensor, int]]:
-    return ((param, index[id(param)]) for param in module.parameters() if id(param) in index)
+class Tree:
+    """Which members the modules of a tree read as a whole, by the modules' ids."""
 
+    def __init__(self, module: nn.Module, index: dict[int, int]) -> None:
+        self._index = index
+        # Inside, no operation can be given the part that it reads.
+        self._compiled = {
+            id(inner) for it in module.modules() if is_compiled(it) for inner in it.modules()
+        }
+        # In bytes, by member.
+        self.sizes: dict[int, int] = {}
+        # What a module's forward reads, and that with the modules inside.
+        self.own: dict[int, set[int]] = {}
+        self.inside: dict[int, set[int]] = {}
+        self._add(module)
 
-def _read_by(
-    module: nn.Module, index: dict[int, int], *, recurse: bool, whole: bool = False
-) -> set[int]:
-    """The members that a module's forward reads as a whole, with those of the modules inside."""
-    whole = whole or is_compiled(module)
-    members = {
-        index[id(param)]
-        for param in module.parameters(recurse=False)
-        if id(param) in index and (whole or not _is_read_in_parts(module, param))
-    }
-    if recurse:
-        for child in module.children():
-            members |= _read_by(child, index, recurse=True, whole=whole)
-    return members
+    def size(self, members: Iterable[int]) -> float:
+        return sum(self.sizes[i] for i in members)
+
+    def _add(self, module: nn.Module) -> set[int]:
+        if id(module) not in self.inside:
+            own = set(self._read_by(module))
+            inside = own.union(*map(self._add, module.children()))
+            self.inside[id(module)] = inside
+            self.own[id(module)] = inside if _is_whole(module) else own
+        return self.inside[id(module)]
+
+    def _read_by(self, module: nn.Module) -> Iterator[int]:
+        for param in module._parameters.values():
+            i = None if param is None else self._index.get(id(param))
+            if param is None or i is None:
+                continue
+            self.sizes[i] = param.numel() * param.element_size()
+            if id(module) in self._compiled or not _is_read_in_parts(module, param):
+                yield i
 
 
 def _has_forward(module: nn.Module) -> bool:
@@ -510,10 +551,13 @@ def _keeps_what_it_reads() -> bool:
 
 @torch.inference_mode(False)
 def _nan_like(tensors: list[Tensor]) -> list[Tensor]:
-    """Of the same shapes, in the memory of one element."""
-    kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
-    nan = {kind: torch.full((), torch.nan, dtype=kind[0], device=kind[1]) for kind in kinds}
-    return [nan[tensor.dtype, tensor.device].expand(tensor.shape) for tensor in tensors]
+    """Of the same shapes, in the memory of one element; those of one shape are the same."""
+    kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+    made = {
+        (shape, dtype, device): torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+        for shape, dtype, device in set(kinds)
+    }
+    return [made[kind] for kind in kinds]
 
 
 def _in_functorch() -> bool:

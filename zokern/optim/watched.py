@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from zokern.memory import Buffer
 from zokern.optim.compiled import check_not_compiling
 
 # What is asked of a tensor without a look at its values.
@@ -40,10 +41,10 @@ class Reader(Protocol):
     def instead(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """The result, where no whole parameter need be made for it; or NotImplemented."""
 
-    def lend(self, param: Tensor) -> tuple[Tensor, Tensor]:
+    def lend(self, param: Tensor) -> tuple[Tensor, Buffer]:
         """What is read instead of the parameter, and the buffer that it lies in."""
 
-    def take_back(self, buffer: Tensor) -> None:
+    def take_back(self, buffer: Buffer) -> None:
         """Nobody who was lent the buffer needs it any more."""
 
 
@@ -103,9 +104,11 @@ def _read(func: Callable, args: tuple, kwargs: dict) -> Any:
     try:
         for param in params:
             tensors[id(param)], buffer = _readers[id(param)].lend(param)
-            buffers.append((_readers[id(param)], buffer, buffer._version))
+            buffers.append((_readers[id(param)], buffer, buffer.memory._version))
         result = _call(func, [tensors.get(id(leaf), leaf) for leaf in leaves], spec)
-        if name == "__set__" or any(buffer._version != known for _, buffer, known in buffers):
+        if name == "__set__" or any(
+            buffer.memory._version != known for _, buffer, known in buffers
+        ):
             raise RuntimeError(
                 f"{_name(params[0])} was written to while it was evaluated ({name}): the closure "
                 "must leave the weights alone"

@@ -1,5 +1,6 @@
 """The fused sweep, by the native core."""
 
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -37,24 +38,38 @@ def pack(sweep: Sweep) -> _C.Sweep:
 
     It points to the operands, which must outlive it.
     """
+    kept = {} if sweep.kept is None else sweep.kept
+    if "native" not in kept:
+        kept["native"] = _pack_tensors(sweep)
     update = sweep.update
     momenta = None if update is None else update.momenta
-    numbers = [sweep.coeffs, sweep.scales, *([] if update is None else [update.gradient])]
-    rows: dict[tuple, int] = {}
-    row_of = []
-    flat: list[list[float]] = [[] for _ in numbers]
-    for own in zip(*numbers, strict=True):
-        key = tuple(chain(*own))
-        if key not in rows:
-            rows[key] = len(rows)
-            for column, row in zip(flat, own, strict=True):
-                column += row
-        row_of.append(rows[key])
+    row_of, numbers = _distinct_rows(
+        sweep.coeffs, sweep.scales, *([] if update is None else [update.gradient])
+    )
     return _C.Sweep(
+        tensors=kept["native"],
+        momenta=[m.data_ptr() for m in momenta or []],
+        coeff_rows=row_of,
+        decays=[] if update is None else update.decays,
+        steps=[] if update is None else update.steps,
+        law=LAWS[sweep.law].code,
+        seed=sweep.seed,
+        draws=sweep.draws,
+        coeffs=numbers[0],
+        scales=numbers[1],
+        rest=sweep.rest,
+        sign=update is not None and update.sign,
+        gradient=[] if update is None else numbers[2],
+        rounding=-1 if sweep.rounding is None else sweep.rounding,
+        plain=sweep.is_plain,
+    )
+
+
+def _pack_tensors(sweep: Sweep) -> _C.SweepTensors:
+    return _C.SweepTensors(
         params=[p.data_ptr() for p in sweep.params],
         residuals=[0 if r is None else r.data_ptr() for r in sweep.residuals],
         masters=[m.data_ptr() for m in sweep.masters or []],
-        momenta=[m.data_ptr() for m in momenta or []],
         outs=[out.data_ptr() for out in sweep.outs or []],
         dense=[[address(vector) for vector in vectors] for vectors in sweep.dense],
         numels=[p.numel() for p in sweep.params],
@@ -67,20 +82,28 @@ def pack(sweep: Sweep) -> _C.Sweep:
             STORAGES[p.dtype, None if r is None else r.dtype]
             for p, r in zip(sweep.params, sweep.residuals, strict=True)
         ],
-        coeff_rows=row_of,
-        decays=[] if update is None else update.decays,
-        steps=[] if update is None else update.steps,
-        law=LAWS[sweep.law].code,
-        seed=sweep.seed,
-        draws=sweep.draws,
-        coeffs=flat[0],
-        scales=flat[1],
-        rest=sweep.rest,
-        sign=update is not None and update.sign,
-        gradient=[] if update is None else flat[2],
-        rounding=-1 if sweep.rounding is None else sweep.rounding,
-        plain=sweep.is_plain,
     )
+
+
+def _distinct_rows(
+    *columns: Sequence[Sequence[float]],
+) -> tuple[list[int], list[list[float]]]:
+    """Which row is each tensor's, and of each column the distinct rows, one after another."""
+    by_identity: dict[tuple[int, ...], int] = {}
+    by_value: dict[tuple[float, ...], int] = {}
+    flat: list[list[float]] = [[] for _ in columns]
+    row_of = []
+    for own in zip(*columns, strict=True):
+        identity = tuple(map(id, own))
+        if identity not in by_identity:
+            value = tuple(chain(*own))
+            if value not in by_value:
+                by_value[value] = len(by_value)
+                for column, row in zip(flat, own, strict=True):
+                    column += row
+            by_identity[identity] = by_value[value]
+        row_of.append(by_identity[identity])
+    return row_of, flat
 
 
 def address(vector: Tensor) -> tuple[int, int]:

@@ -1,0 +1,161 @@
+"""Sweeps over the same tensors again and again."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from zokern.arguments import Numbers, Shards, pick, tensor_list
+from zokern.checks import check_form, check_memory, check_update
+from zokern.ops.sweeps import SweepNumbers, operator_calls, perturb_, read_numbers, run, sweep_of
+from zokern.sweep import Sweep, Update
+
+T = TypeVar("T")
+
+
+class Sweeper:
+    """:func:`perturb_` for whoever sweeps the same tensors again and again.
+
+    Tensors are checked and brought into the form that the backend wants when they are first swept,
+    and again only where they lie elsewhere or have another form. It holds none of them.
+
+    Sweeps pass by torch's dispatcher, unless a profiler or a dispatch mode looks on.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple, tuple[list, list[_Part]]] = {}
+
+    def perturb_(
+        self,
+        params: Iterable[Tensor],
+        draws: Sequence[int],
+        coeffs: Numbers,
+        *,
+        seed: int,
+        law: str = "gauss16",
+        scales: Numbers | None = None,
+        tensor_ids: Sequence[int] | None = None,
+        shards: Shards | None = None,
+        rows: Sequence[Tensor | None] | None = None,
+        residuals: Sequence[Tensor | None] | None = None,
+        masters: Sequence[Tensor] | None = None,
+        outs: Sequence[Tensor] | None = None,
+        dense: Sequence[Sequence[Tensor]] = (),
+        rest: int | None = None,
+        update: Update | None = None,
+        rounding: int | None = None,
+    ) -> None:
+        """See :func:`perturb_`."""
+        params = tensor_list("params", params)
+        places: dict[str, Any] = {"tensor_ids": tensor_ids, "shards": shards}
+        tensors = Operands(params, residuals, masters, outs, dense, rows)
+        own: dict[str, Any] = {"scales": scales, "rest": rest, "update": update}
+        own |= {"seed": seed, "rounding": rounding}
+        if _is_looked_on():
+            perturb_(params, draws, coeffs, law=law, **tensors.beside, **places, **own)
+            return
+        numbers = read_numbers(
+            len(params), len(dense), draws, coeffs, has_masters=masters is not None, **own
+        )
+        key = law, rounding is None, update is None, masters is None, outs is None, len(dense)
+        signature = [tensor_ids, shards, *tensors.forms()]
+        known, parts = self._known.get(key, ([], []))
+        if known != signature:
+            calls = operator_calls(numbers, law, params, **tensors.beside, **places)
+            parts = [_Part(call.members, sweep_of(*call.arguments)) for call in calls]
+            self._known[key] = signature, parts
+        sweeps = [part.sweep(tensors, numbers) for part in parts]
+        with torch.no_grad():
+            for sweep in sweeps:
+                run(sweep)
+
+    def __reduce__(self) -> tuple:
+        return Sweeper, ()
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of a sweep, as :func:`perturb_` takes them."""
+
+    params: list[Tensor]
+    residuals: Sequence[Tensor | None] | None
+    masters: Sequence[Tensor] | None
+    outs: Sequence[Tensor] | None
+    dense: Sequence[Sequence[Tensor]]
+    rows: Sequence[Tensor | None] | None
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """Those beside the params, by their names."""
+        return {key: value for key, value in vars(self).items() if key != "params"}
+
+    def forms(self) -> Iterator[tuple | None]:
+        """Where each tensor lies, and how."""
+        for tensors in (
+            self.params,
+            self.residuals,
+            self.masters,
+            self.outs,
+            self.rows,
+            *self.dense,
+        ):
+            if tensors is not None:
+                for t in tensors:
+                    yield None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride())
+
+
+class _Part:
+    """What one call of a backend sweeps, checked."""
+
+    def __init__(self, members: list[int], sweep: Sweep) -> None:
+        check_memory(sweep)
+        self._members = members
+        nothing: dict[str, Any] = {"params": [], "residuals": [], "rows": [], "dense": []}
+        self._checked = replace(sweep, **nothing, masters=None, outs=None, update=None, kept={})
+
+    def sweep(self, tensors: Operands, numbers: SweepNumbers) -> Sweep:
+        """Of these tensors, by these numbers."""
+        none: list[Tensor | None] = [None] * len(self._members)
+        sweep = replace(
+            self._checked,
+            params=self._own(tensors.params),
+            residuals=none if tensors.residuals is None else self._own(tensors.residuals),
+            masters=None if tensors.masters is None else self._own(tensors.masters),
+            outs=None if tensors.outs is None else self._own(tensors.outs),
+            dense=[self._own(vectors) for vectors in tensors.dense],
+            rows=none if tensors.rows is None else self._own(tensors.rows),
+            draws=numbers.draws,
+            coeffs=self._rows(numbers.coeffs),
+            scales=self._rows(numbers.scales or [[1.0] * len(numbers.draws)]),
+            rest=numbers.rest,
+            update=None if numbers.update is None else self._update(numbers.update),
+            rounding=None if self._checked.rounding is None else numbers.rounding,
+            seed=numbers.seed,
+        )
+        check_form(sweep)
+        if sweep.update is not None and sweep.update.momenta is not None:
+            for i in range(len(self._members)):
+                check_update(sweep, i)
+            check_memory(sweep)
+        return sweep
+
+    def _own(self, entries: Sequence[T]) -> list[T]:
+        return pick(entries, self._members)
+
+    def _rows(self, rows: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+        return [*rows] * len(self._members) if len(rows) == 1 else self._own(rows)
+
+    def _update(self, update: Update) -> Update:
+        return Update(
+            self._rows(update.gradient),
+            self._own(update.decays),
+            self._own(update.steps),
+            None if update.momenta is None else self._own(update.momenta),
+            update.sign,
+        )
+
+
+def _is_looked_on() -> bool:
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
