@@ -10,6 +10,7 @@ from zokern.ops.magnitudes import adam_threshold, difference_threshold, l1_sums,
 from zokern.ops.noise import noise_sample
 from zokern.ops.products import inner_products
 from zokern.ops.steps import check_merge_step, merge_step_
+from zokern.ops.storage import stored_value
 from zokern.ops.sweeper import Sweeper
 from zokern.ops.sweeps import SweepNumbers, perturb_, read_numbers
 from zokern.sweep import Update
@@ -29,4 +30,5 @@ __all__ = [
     "noise_sample",
     "perturb_",
     "read_numbers",
+    "stored_value",
 ]
