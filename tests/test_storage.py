@@ -92,3 +92,14 @@ def test_stored_values_are_those_of_the_reference(kernel_backend, residual_dtype
     stay([got], [got_residual])
     assert same_bits(got, param)
     assert torch.equal(got_residual, residual)
+
+
+def test_stored_values():
+    values = torch.randn(50)
+    assert torch.equal(ops.stored_value(values), values)
+    param = torch.zeros(50, dtype=torch.bfloat16)
+    residual = torch.zeros(50, dtype=torch.int16)
+    ops.perturb_([param], [-1], [1.0], seed=0, residuals=[residual], dense=[[values]])
+    assert torch.equal(ops.stored_value(param, residual), values)
+    with pytest.raises(TypeError, match="takes torch.int16 or torch.int8 beside it"):
+        ops.stored_value(param, residual.float())

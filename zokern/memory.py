@@ -46,13 +46,16 @@ class Buffer:
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
         self._kept: dict[Hashable, list[Tensor]] = {}
+        self._known_uses = self._uses()
 
     def cut(self, likes: Sequence[Tensor], key: Hashable | None = None) -> list[Tensor]:
         """Contiguous tensors of these shapes and dtypes; for the same key the same ones again."""
         if key is None:
             return list(self._cut(likes))
         if key not in self._kept:
+            uses = self._uses()
             self._kept[key] = list(self._cut(likes))
+            self._known_uses += self._uses() - uses
         return self._kept[key]
 
     def _cut(self, likes: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -65,10 +68,10 @@ class Buffer:
     @property
     def is_shared(self) -> bool:
         """Whether anybody holds a part of it, but for the tensors that have a key."""
-        storage = self.memory.untyped_storage()
-        # The memory itself and the storage object that asks.
-        known = 2 + sum(map(len, self._kept.values()))
-        return torch._C._storage_Use_Count(storage._cdata) > known
+        return self._uses() > self._known_uses
+
+    def _uses(self) -> int:
+        return torch._C._storage_Use_Count(self.memory.untyped_storage()._cdata)
 
 
 class Scratch:

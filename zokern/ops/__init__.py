@@ -10,11 +10,13 @@ from zokern.ops.magnitudes import adam_threshold, difference_threshold, l1_sums,
 from zokern.ops.noise import noise_sample
 from zokern.ops.products import inner_products
 from zokern.ops.steps import check_merge_step, merge_step_
+from zokern.ops.storage import stored_value
 from zokern.ops.sweeper import Sweeper
-from zokern.ops.sweeps import perturb_
+from zokern.ops.sweeps import SweepNumbers, perturb_, read_numbers
 from zokern.sweep import Update
 
 __all__ = [
+    "SweepNumbers",
     "Sweeper",
     "Update",
     "adam_threshold",
@@ -27,4 +29,6 @@ __all__ = [
     "merge_step_",
     "noise_sample",
     "perturb_",
+    "read_numbers",
+    "stored_value",
 ]

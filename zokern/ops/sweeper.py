@@ -9,7 +9,14 @@ from torch import Tensor
 
 from zokern.arguments import Numbers, Shards, pick, tensor_list
 from zokern.checks import check_form, check_memory, check_update
-from zokern.ops.sweeps import SweepNumbers, operator_calls, perturb_, read_numbers, run, sweep_of
+from zokern.ops.sweeps import (
+    SweepNumbers,
+    operator_calls,
+    read_numbers,
+    run,
+    run_operator,
+    sweep_of,
+)
 from zokern.sweep import Sweep, Update
 
 T = TypeVar("T")
@@ -25,7 +32,7 @@ class Sweeper:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple, tuple[list, list[_Part]]] = {}
+        self._known: dict[tuple, tuple[list | None, list[_Part]]] = {}
 
     def perturb_(
         self,
@@ -34,8 +41,35 @@ class Sweeper:
         coeffs: Numbers,
         *,
         seed: int,
-        law: str = "gauss16",
         scales: Numbers | None = None,
+        dense: Sequence[Sequence[Tensor]] = (),
+        rest: int | None = None,
+        update: Update | None = None,
+        rounding: int | None = None,
+        **others: Any,
+    ) -> None:
+        """See :func:`perturb_`, which takes the same arguments."""
+        params = tensor_list("params", params)
+        numbers = read_numbers(
+            len(params),
+            len(dense),
+            draws,
+            coeffs,
+            has_masters=others.get("masters") is not None,
+            seed=seed,
+            scales=scales,
+            rest=rest,
+            update=update,
+            rounding=rounding,
+        )
+        self.sweep(params, numbers, dense=dense, **others)
+
+    def sweep(
+        self,
+        params: list[Tensor],
+        numbers: SweepNumbers,
+        *,
+        law: str = "gauss16",
         tensor_ids: Sequence[int] | None = None,
         shards: Shards | None = None,
         rows: Sequence[Tensor | None] | None = None,
@@ -43,25 +77,16 @@ class Sweeper:
         masters: Sequence[Tensor] | None = None,
         outs: Sequence[Tensor] | None = None,
         dense: Sequence[Sequence[Tensor]] = (),
-        rest: int | None = None,
-        update: Update | None = None,
-        rounding: int | None = None,
     ) -> None:
-        """See :func:`perturb_`."""
-        params = tensor_list("params", params)
+        """The same by numbers that :func:`read_numbers` has read, for several sweeps perhaps."""
         places: dict[str, Any] = {"tensor_ids": tensor_ids, "shards": shards}
         tensors = Operands(params, residuals, masters, outs, dense, rows)
-        own: dict[str, Any] = {"scales": scales, "rest": rest, "update": update}
-        own |= {"seed": seed, "rounding": rounding}
         if _is_looked_on():
-            perturb_(params, draws, coeffs, law=law, **tensors.beside, **places, **own)
+            run_operator(operator_calls(numbers, law, params, **tensors.beside, **places))
             return
-        numbers = read_numbers(
-            len(params), len(dense), draws, coeffs, has_masters=masters is not None, **own
-        )
-        key = law, rounding is None, update is None, masters is None, outs is None, len(dense)
+        key = law, numbers.rounding is None, masters is None, outs is None, len(dense)
         signature = [tensor_ids, shards, *tensors.forms()]
-        known, parts = self._known.get(key, ([], []))
+        known, parts = self._known.get(key, (None, []))
         if known != signature:
             calls = operator_calls(numbers, law, params, **tensors.beside, **places)
             parts = [_Part(call.members, sweep_of(*call.arguments)) for call in calls]

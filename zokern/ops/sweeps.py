@@ -155,12 +155,7 @@ def perturb_(
         outs=outs,
         dense=dense,
     )
-    if len(calls) > 1:
-        for call in calls:
-            check_memory(sweep_of(*call.arguments))
-    with torch.no_grad():
-        for call in calls:
-            torch.ops.zokern.perturb_(*call.arguments)
+    run_operator(calls)
 
 
 @dataclass(frozen=True)
@@ -182,12 +177,12 @@ def read_numbers(
     draws: Sequence[int],
     coeffs: Numbers,
     *,
-    has_masters: bool,
     seed: int,
-    scales: Numbers | None,
-    rest: int | None,
-    update: Update | None,
-    rounding: int | None,
+    has_masters: bool = False,
+    scales: Numbers | None = None,
+    rest: int | None = None,
+    update: Update | None = None,
+    rounding: int | None = None,
 ) -> SweepNumbers:
     """Of a sweep of ``count`` tensors with ``slots`` dense directions."""
     draws = directions(draws, slots)
@@ -275,6 +270,15 @@ def operator_calls(
     return [
         OperatorCall(members, call(members, rounding)) for (_, rounding), members in kinds.items()
     ]
+
+
+def run_operator(calls: list[OperatorCall]) -> None:
+    if len(calls) > 1:
+        for call in calls:
+            check_memory(sweep_of(*call.arguments))
+    with torch.no_grad():
+        for call in calls:
+            torch.ops.zokern.perturb_(*call.arguments)
 
 
 @torch.library.impl("zokern::perturb_", "CompositeExplicitAutograd")

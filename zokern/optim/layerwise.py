@@ -40,27 +40,33 @@ from zokern.optim.watched import Watched, check_unwatched, unwatch, watch
 
 # In bytes, by device. A processor's are as large as its caches, so that what is written there is
 # read there.
-CHUNK = {"cpu": 1 << 24, "cuda": 1 << 28}
-SHARE = 1 / 64
+CHUNK = {"cpu": 1 << 25, "cuda": 1 << 28}
+SHARE = 1 / 24
 SMALL = 1 / 16
 # These have one operation for all of their parts.
 WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-@dataclass(frozen=True)
 class Point:
     """Where the weights seem to be: what :meth:`Displacement.from_rest` says of a target."""
 
-    draws: tuple[int, ...]
-    coeffs: Sequence  # one row for all members, or one for each
-    seed: int
-    law: str
+    def __init__(self, draws: tuple[int, ...], coeffs: Sequence, seed: int, law: str) -> None:
+        self.draws, self.law = draws, law
+        self._coeffs, self._seed = coeffs, seed
+        # Of members that have one row for all.
+        self._shared: ops.SweepNumbers | None = None
+        if not isinstance(coeffs[0], tuple):
+            self._shared = self._numbers(coeffs, 1)
 
-    def rows(self, members: list[int]) -> Sequence:
-        """One row for all of these, or one for each."""
-        if isinstance(self.coeffs[0], tuple):
-            return [self.coeffs[i] for i in members]
-        return self.coeffs
+    def numbers(self, members: list[int]) -> ops.SweepNumbers:
+        """Of a sweep of these."""
+        if self._shared is not None:
+            return self._shared
+        return self._numbers([self._coeffs[i] for i in members], len(members))
+
+    def _numbers(self, coeffs: Sequence, count: int) -> ops.SweepNumbers:
+        slots = sum(draw < 0 for draw in self.draws)
+        return ops.read_numbers(count, slots, self.draws, coeffs, seed=self._seed)
 
 
 class LayerwiseDisplacement(Displacement):
@@ -155,6 +161,7 @@ class Source:
     params: list[Tensor]
     residuals: list[Tensor | None]
     dense: list[tuple[Tensor, ...]]
+    tensor_ids: list[int]
     shards: list[tuple[int, int, int]] | None = None
 
 
@@ -335,6 +342,7 @@ class View:
                 [self._stored[i] for i in members],
                 [self._members[i].residual for i in members],
                 [self._members[i].dense for i in members],
+                [self._members[i].tensor_id for i in members],
             )
         return self._sources[key]
 
@@ -354,13 +362,11 @@ class View:
         if source.key not in self._sweepers:
             self._sweepers[source.key] = ops.Sweeper()
         has_slots = any(draw < 0 for draw in point.draws)
-        self._sweepers[source.key].perturb_(
+        self._sweepers[source.key].sweep(
             source.params,
-            point.draws,
-            point.rows(source.members),
-            seed=point.seed,
+            point.numbers(source.members),
             law=point.law,
-            tensor_ids=[self._members[i].tensor_id for i in source.members],
+            tensor_ids=source.tensor_ids,
             shards=source.shards,
             rows=rows,
             residuals=source.residuals,
@@ -456,17 +462,20 @@ class View:
         member = self._members[i]
         residual = None if member.residual is None else part(member.residual)
         dense = tuple(map(part, member.dense))
-        return Source((i, shard), [i], [part(self._stored[i])], [residual], [dense], [shard])
+        param, key = part(self._stored[i]), (i, shard)
+        return Source(key, [i], [param], [residual], [dense], [member.tensor_id], [shard])
 
 
 def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
     """The modules before whose forward members of the index are written, each once.
 
-    As few as do with a buffer for the largest of those that cannot be divided, or for ``SHARE`` of
-    all parameters: one write for an attention costs less than one for each of its projections.
+    As few as do with a buffer for the largest of those that cannot be divided, for a chunk where
+    there are chunks, or for ``SHARE`` of all parameters if that is less than a chunk: one write for
+    an attention costs less than one for each of its projections.
     """
     tree = Tree(module, index)
-    bound = max(*map(tree.size, tree.own.values()), sum(tree.sizes.values()) * SHARE)
+    share = tree.chunk if tree.has_chunks else min(tree.chunk, tree.size(tree.sizes) * SHARE)
+    bound = max(share, *map(tree.size, tree.own.values()))
     seen: set[int] = set()
 
     def visit(module: nn.Module) -> Iterator[Layer]:
@@ -509,6 +518,7 @@ class Tree:
         # What a module's forward reads, and that with the modules inside.
         self.own: dict[int, set[int]] = {}
         self.inside: dict[int, set[int]] = {}
+        self.chunk, self.has_chunks = 0, False
         self._add(module)
 
     def size(self, members: Iterable[int]) -> float:
@@ -528,8 +538,11 @@ class Tree:
             if param is None or i is None:
                 continue
             self.sizes[i] = param.numel() * param.element_size()
+            self.chunk = _chunk_of(param)
             if id(module) in self._compiled or not _is_read_in_parts(module, param):
                 yield i
+            elif isinstance(module, nn.Linear):
+                self.has_chunks = True
 
 
 def _has_forward(module: nn.Module) -> bool:

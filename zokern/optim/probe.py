@@ -5,8 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from zokern import noise
-from zokern.backends.reference import storage
+from zokern import noise, ops
 from zokern.optim.displacement import Member
 
 # At a time.
@@ -62,5 +61,5 @@ def _values(member: Member, count: int) -> Iterator[tuple[int, Tensor, torch.dty
         if member.master is not None and beside is not None:
             value = beside[part]
         else:
-            value = storage.load(param[part], None if beside is None else beside[part])
+            value = ops.stored_value(param[part], None if beside is None else beside[part])
         yield begin, value, param.dtype
