@@ -101,5 +101,5 @@ def test_stored_values():
     residual = torch.zeros(50, dtype=torch.int16)
     ops.perturb_([param], [-1], [1.0], seed=0, residuals=[residual], dense=[[values]])
     assert torch.equal(ops.stored_value(param, residual), values)
-    with pytest.raises(TypeError, match="takes torch.int16 or torch.int8 beside it"):
+    with pytest.raises(TypeError, match=r"takes torch\.int16 or torch\.int8 beside it"):
         ops.stored_value(param, residual.float())
