@@ -83,11 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=_count, default=7, help="at most; default 7")
     add("--seconds", type=float, default=6.0, help="after which no round of an operation begins "
         "but the first three; default 6")  # fmt: skip
-    add(
-        "--json",
-        type=Path,
-        help="where to write all figures; in a folder, under the machine's name",
-    )
+    add("--json", type=Path, help="where to write all figures: a file, or a folder of results, "
+        "in which it is named after the machine")  # fmt: skip
     add("--plot", type=Path, help="where to draw them")
     add("--list", action="store_true", help="name the operations and models, and time nothing")
     return parser

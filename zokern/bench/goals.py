@@ -111,7 +111,7 @@ def _step(words: str, figure: Callable[[Record], float | None], at_most: float, 
     )  # fmt: skip
 
 
-_QUARTER = {"parameters": 1 << 24}
+_QUARTER: dict[str, Any] = {"parameters": 1 << 24}
 GOALS = (
     _beside("cpu", "mezo", "MeZO step", EAGER_LOOP, 30),
     _beside("cpu", "mezo-model", "MeZO step on a model's tensors", EAGER_LOOP, 25),

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from zokern.bench import end_to_end, models
-from zokern.bench.comparison import Setting, Unavailable
+from zokern.bench.comparison import Run, Setting, Unavailable
 
 KINDS = (end_to_end.FORWARD, end_to_end.IN_PLACE, end_to_end.LAYERWISE)
+SMALL = "opt-tiny"
 STATUS = Path("/proc/self/status")
 
 
@@ -42,13 +43,10 @@ def peaks(setting: Setting, layers: int) -> dict[str, int]:
 def _peak(setting: Setting, layers: int, kind: str, threads: int) -> int:
     torch.set_num_threads(threads)
     on_cpu = setting.device.type == "cpu"
+    # What torch and transformers load when they are first used is no part of a model's memory.
+    _step(setting, SMALL, models.layers_of(SMALL), kind)()
     before = _resident("VmRSS") if on_cpu else 0
-    model = models.build(setting.model, layers, setting.device, setting.dtype)
-    loss = end_to_end.evaluation(model, setting.tokens)
-    if kind == end_to_end.FORWARD:
-        run = torch.no_grad()(loss)
-    else:
-        run = end_to_end.step(model, loss, kind)
+    run = _step(setting, setting.model, layers, kind)
     if on_cpu:
         Path("/proc/self/clear_refs").write_text("5")
     else:
@@ -56,6 +54,14 @@ def _peak(setting: Setting, layers: int, kind: str, threads: int) -> int:
     for _ in range(2):
         run()
     return _resident("VmHWM") - before if on_cpu else torch.cuda.max_memory_allocated()
+
+
+def _step(setting: Setting, name: str, layers: int, kind: str) -> Run:
+    model = models.build(name, layers, setting.device, setting.dtype)
+    loss = end_to_end.evaluation(model, setting.tokens)
+    if kind == end_to_end.FORWARD:
+        return torch.no_grad()(loss)
+    return end_to_end.step(model, loss, kind)
 
 
 def _resident(which: str) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 from torch import Tensor
 
@@ -27,9 +28,7 @@ def beside_mergekit(own: Merge, theirs: str, **given: object) -> Callable[[Setti
             len(models) + 2,
             partial(own, models, base=base, weights=WEIGHTS, **given),
             "mergekit",
-            partial(
-                peers.with_mergekit, theirs, base, models, weight=WEIGHTS, **_for_mergekit(given)
-            ),
+            partial(peers.with_mergekit, theirs, base, models, **_for_mergekit(given)),
             base,
         )
 
@@ -52,8 +51,8 @@ def beside_peft(own: Merge, theirs: str, **given: object) -> Callable[[Setting],
     return build
 
 
-def _for_mergekit(given: dict[str, object]) -> dict[str, object]:
-    return {name: [value] * len(WEIGHTS) for name, value in given.items()}
+def _for_mergekit(given: dict[str, object]) -> dict[str, Any]:
+    return {"weight": WEIGHTS} | {name: [value] * len(WEIGHTS) for name, value in given.items()}
 
 
 def _comparison(
@@ -73,6 +72,7 @@ def _comparison(
 def _models(setting: Setting) -> tuple[peers.State, list[peers.State]]:
     """A base of square matrices and biases, and three models that were trained from it."""
     width = max(8, int((setting.numel / MATRICES) ** 0.5))
+    shapes: dict[str, tuple[int, ...]]
     shapes = {f"{i}.weight": (width, width) for i in range(MATRICES)}
     shapes |= {f"{i}.bias": (width,) for i in range(MATRICES)}
 

@@ -32,13 +32,11 @@ def on_a_model(setting: Setting) -> Comparison:
 
 
 def _steps(setting: Setting, shapes: Sequence[Sequence[int]]) -> Comparison:
-    own, fused, theirs = (
-        [
-            torch.nn.Parameter(random_values(setting, *shape, seed=i))
-            for i, shape in enumerate(shapes)
-        ]
-        for _ in range(3)
-    )
+    def params() -> list[torch.nn.Parameter]:
+        values = (random_values(setting, *shape, seed=i) for i, shape in enumerate(shapes))
+        return [torch.nn.Parameter(value) for value in values]
+
+    own, fused, theirs = params(), params(), params()
     sweep = 2 * setting.dtype.itemsize
     return Comparison(
         numels(own),
