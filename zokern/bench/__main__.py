@@ -114,7 +114,9 @@ def _plan(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan:
         seconds=given.seconds,
     )
     if not plan.tasks():
-        parser.error(f"argument --dtype: none of {', '.join(given.ops)} is for {given.dtype}")
+        parser.error(
+            f"argument --dtype: none of {', '.join(given.ops)} is for {', '.join(given.dtype)}"
+        )
     return plan
 
 

@@ -22,10 +22,12 @@ def describe(device: torch.device) -> dict[str, Any]:
     import cpuinfo
     import psutil
 
-    clock = psutil.cpu_freq()
+    cpu, clock = cpuinfo.get_cpu_info(), psutil.cpu_freq()
     machine: dict[str, Any] = {
         "device": device.type,
-        "cpu": cpuinfo.get_cpu_info().get("brand_raw", platform.processor()),
+        "cpu": cpu.get("brand_raw", platform.processor()),
+        "cpu_family": cpu.get("family"),
+        "cpu_model": cpu.get("model"),
         "cpu_capability": _cpu_capability(),
         "cpu_mhz": None if clock is None else round(clock.max or clock.current),
         "threads": torch.get_num_threads(),
@@ -47,21 +49,23 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def file_name(machine: dict[str, Any]) -> str:
-    """Of the results of this kind of machine, for example ``cpu-amd-epyc-avx512-2.json``."""
+    """Of the results of this kind of machine, such as ``cpu-amd-epyc-25-17-avx512-2.json``."""
     if machine["device"] == "cpu":
-        parts = ["cpu", machine["cpu"], machine["cpu_capability"], str(machine["threads"])]
+        keys = ["device", "cpu", "cpu_family", "cpu_model", "cpu_capability", "threads"]
     else:
-        parts = [machine["device"], machine["gpu"]]
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-") + ".json"
+        keys = ["device", "gpu"]
+    words = " ".join(str(machine[key]) for key in keys if machine[key] is not None)
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") + ".json"
 
 
 def title(machine: dict[str, Any]) -> str:
     """In words."""
     if machine["device"] == "cpu":
-        threads = machine["threads"]
-        return (
-            f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}, {machine['cpu_capability']}"
-        )
+        threads, family = machine["threads"], ""
+        if machine["cpu_family"] is not None:
+            family = f" (family {machine['cpu_family']}, model {machine['cpu_model']})"
+        plural = "s" * (threads != 1)
+        return f"{machine['cpu']}{family}, {threads} thread{plural}, {machine['cpu_capability']}"
     return str(machine["gpu"])
 
 

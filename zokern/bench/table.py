@@ -53,7 +53,7 @@ def _step(record: Record) -> tuple[str, ...]:
         f"{1e3 * record['optimizer_seconds']:.0f}",
         f"{record['optimizer_share']:.0%}",
         "" if peak is None else f"{peak / 1e6:.0f}",
-        "" if peak is None else f"{peak / forward:.2f}",
+        f"{peak / forward:.2f}" if peak and forward else "",
     )
 
 

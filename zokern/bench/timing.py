@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +43,8 @@ def take_turns(
         rounds: at most; three at least.
         seconds: no further round begins afterwards.
     """
-    synchronize = _synchronize(device)
-    runs = {name: itertools.cycle([own[name] for own in sets]) for name in sets[0]}
+    synchronize = synchronizer(device)
+    runs = {name: _next_of([own[name] for own in sets]) for name in sets[0]}
     repeats = {name: _repeats(run, synchronize, device) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     begin = time.perf_counter()
@@ -54,7 +54,7 @@ def take_turns(
         for name in rotated(list(runs), number):
             in_turn = 0
             while in_turn == 0 or (in_turn < IN_TURN and samples[name][-1] < SHORT):
-                samples[name].append(_sample(runs[name], repeats[name], synchronize))
+                samples[name].append(sample(runs[name], synchronize, repeats[name]))
                 in_turn += 1
     return {name: _timing(times) for name, times in samples.items()}
 
@@ -71,25 +71,33 @@ def _timing(times: list[float]) -> Timing:
     return Timing(float(median), float(low), float(high), len(times))
 
 
-def _repeats(run: Iterator[Run], synchronize: Run, device: torch.device) -> int:
+def _next_of(runs: list[Run]) -> Run:
+    """Each in turn."""
+    turns = itertools.cycle(runs)
+    return lambda: next(turns)()
+
+
+def _repeats(run: Run, synchronize: Run, device: torch.device) -> int:
     """How often it runs between two looks at the clock; warms it up."""
-    first = _sample(run, 1, synchronize)
+    first = sample(run, synchronize)
     if first > SHORT:
         return 1
-    again = _sample(run, 1, synchronize)
+    again = sample(run, synchronize)
     return max(1, min(MOST_REPEATS, math.ceil(LEAST_SECONDS[device.type] / again)))
 
 
-def _sample(run: Iterator[Run], repeats: int, synchronize: Run) -> float:
+def sample(run: Run, synchronize: Run, repeats: int = 1) -> float:
+    """Seconds of one run."""
     synchronize()
     begin = time.perf_counter()
     for _ in range(repeats):
-        next(run)()
+        run()
     synchronize()
     return (time.perf_counter() - begin) / repeats
 
 
-def _synchronize(device: torch.device) -> Callable[[], object]:
+def synchronizer(device: torch.device) -> Run:
+    """Waits for what has been launched."""
     if device.type == "cpu":
         return lambda: None
     return lambda: torch.cuda.synchronize(device)
