@@ -316,14 +316,14 @@ def test_the_report_writes_readme_and_plot(monkeypatch, tmp_path, operations, st
     folder.mkdir()
     (folder / "cpu.json").write_text(json.dumps(operations | {"steps": steps["steps"]}))
     readme, plot = tmp_path / "README.md", tmp_path / "plot.png"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text(f"before\n{report.BEGIN}\nwhat was there\n{report.END}\nafter\n")
     arguments = ["--results", folder, "--readme", readme, "--plot", plot]
     monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
     report.main()
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith(f"{report.END}\nafter\n")
-    assert "old" not in text
+    assert "what was there" not in text
     assert tables(operations) in text
     assert "No GPU has been measured yet" in text
     assert plot.read_bytes().startswith(b"\x89PNG")
