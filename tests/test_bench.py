@@ -11,7 +11,7 @@ import torch
 import zokern
 from zokern.bench import __main__ as command
 from zokern.bench import goals, machine, memory, models, peers, report
-from zokern.bench.comparison import COPY, DTYPES, IN_PLACE, OURS, Setting, bandwidth
+from zokern.bench.comparison import COPY, DTYPES, IN_PLACE, OURS, Setting, Unavailable, bandwidth
 from zokern.bench.operations import END_TO_END, OPERATIONS
 from zokern.bench.run import Plan, run
 from zokern.bench.table import tables
@@ -126,6 +126,50 @@ def test_the_command_writes_what_it_prints(monkeypatch, capsys, tmp_path):
     assert printed.splitlines()[-1].startswith("goal: ")
     assert "torch.normal and add_, fp32, at least 18: not measured" in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_there_is_is_shown_when_somebody_interrupts(monkeypatch, capsys, tmp_path):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(OPERATIONS, "select", replace(OPERATIONS["select"], build=stop))
+    small = ("--device", "cpu", "--numel", "2^10", "--rounds", 1, "--ops", "sweep,select,split")
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, *small, "--json", tmp_path)
+    assert end.value.code == 130
+    printed = capsys.readouterr().out
+    assert "skipped: the rest: interrupted" in printed
+    assert "sweep, one direction" in printed
+    assert "split" not in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_run_is_named_with_the_reason(monkeypatch):
+    def refuse(own: Setting) -> None:
+        raise Unavailable("there is no moon")
+
+    monkeypatch.setitem(OPERATIONS, "sweep", replace(OPERATIONS["sweep"], build=refuse))
+    results = run(replace(SMALL, ops=["sweep", "split"]), progress=False)
+    assert results["skipped"] == {f"sweep, {d}": "there is no moon" for d in SMALL.dtypes}
+    assert [r["operation"] for r in results["operations"]] == ["split"]
+
+
+def test_peers_may_be_left_out():
+    results = run(replace(SMALL, ops=["mezo"], peers="none"), progress=False)
+    assert all(record["peers"] == {} for record in results["operations"])
+
+
+def test_a_peer_that_does_not_compile_is_named_with_the_reason(monkeypatch):
+    def broken(params: object) -> None:
+        def move(seed: int, coefficient: float) -> None:
+            raise RuntimeError("no compiler\nat all")
+
+        return move
+
+    monkeypatch.setattr(peers, "compiled_loop", broken)
+    results = run(replace(SMALL, ops=["mezo"], peers="all"), progress=False)
+    assert results["skipped"] == {"beside torch.compile": "no compiler"}
+    assert all(list(r["peers"]) == ["eager loop"] for r in results["operations"])
 
 
 def test_the_command_lists_what_there_is(monkeypatch, capsys):

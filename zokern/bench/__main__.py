@@ -22,7 +22,7 @@ from zokern.bench.comparison import DTYPES
 from zokern.bench.models import MODELS
 from zokern.bench.operations import END_TO_END, OPERATIONS
 from zokern.bench.report import verdicts_of
-from zokern.bench.run import PEERS, Plan, run
+from zokern.bench.run import PEERS, REST, Plan, run
 from zokern.bench.table import tables
 
 # As much as takes minutes, and more than caches hold. A CPU's compiler takes longer than the rest.
@@ -150,7 +150,8 @@ def main() -> None:
         results = run(plan)
     except ImportError as error:
         sys.exit(f"{parser.prog}: {error}; pip install 'zokern[bench]' has what it needs")
-    except KeyboardInterrupt:
+    if REST in results["skipped"]:
+        _show(results)
         sys.exit(128 + signal.SIGINT)
     if given.json:
         folder = given.json.is_dir()

@@ -1,12 +1,12 @@
 """How fast zokern means to be, and whether a run was."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from zokern.bench.comparison import OURS
 from zokern.bench.end_to_end import IN_PLACE, LAYERWISE
-from zokern.bench.merging import ADAMW, EAGER
+from zokern.bench.merging import ADAMW, BF16_MOMENTS, EAGER
 from zokern.bench.mezo import COMPILED, EAGER_LOOP, FUSED
 from zokern.bench.models import layers_of
 from zokern.bench.results import Record
@@ -111,22 +111,29 @@ def _step(words: str, figure: Callable[[Record], float | None], at_most: float, 
     )  # fmt: skip
 
 
-_QUARTER: dict[str, Any] = {"parameters": 1 << 24}
+def _beside_adam(operation: str, words: str, at_most: float, at_least: float) -> Iterator[Goal]:
+    """On a CPU, with moments in the dtype that the peers have them in."""
+    for dtype, line in (("fp32", OURS), ("bf16", BF16_MOMENTS)):
+        title = words if line == OURS else f"{words}, {line}"
+        common: dict[str, Any] = {"line": line, "parameters": 1 << 24}
+        yield Goal(
+            "cpu", operation, (dtype,), f"{title}, time over that of {ADAMW}", _time_over(ADAMW),
+            at_most=at_most, **common,
+        )  # fmt: skip
+        yield Goal(
+            "cpu", operation, (dtype,), f"{title}, times as fast as {EAGER}", _times(EAGER),
+            at_least, **common,
+        )  # fmt: skip
+
+
 GOALS = (
     _beside("cpu", "mezo", "MeZO step", EAGER_LOOP, 30),
     _beside("cpu", "mezo-model", "MeZO step on a model's tensors", EAGER_LOOP, 25),
     _beside("cpu", "sweep", "sweep", NORMAL_AND_ADD, 18),
     _of_in_place("fp32", 0.6),
     _of_in_place("bf16", 0.35),
-    *(
-        Goal(
-            "cpu", operation, BOTH, f"{words}, time over that of {ADAMW}", _time_over(ADAMW),
-            at_most=at_most, **_QUARTER,
-        )
-        for operation, words, at_most in (("ondare", "OnDARE", 1.7), ("onties", "OnTIES", 4.0))
-    ),
-    _beside("cpu", "ondare", "OnDARE", EAGER, 20, **_QUARTER),
-    _beside("cpu", "onties", "OnTIES", EAGER, 40, **_QUARTER),
+    *_beside_adam("ondare", "OnDARE", 1.7, 20),
+    *_beside_adam("onties", "OnTIES", 4.0, 40),
     _of_copy("sweep", "sweep", 0.9),
     _of_copy("sweep-2", "two directions", 0.75),
     _of_copy("ondare", "OnDARE", 0.9),

@@ -54,6 +54,8 @@ def file_name(machine: dict[str, Any]) -> str:
         keys = ["device", "cpu", "cpu_family", "cpu_model", "cpu_capability", "threads"]
     else:
         keys = ["device", "gpu"]
+    if machine["backend"] != backends.ORDER[0]:
+        keys.append("backend")
     words = " ".join(str(machine[key]) for key in keys if machine[key] is not None)
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") + ".json"
 
@@ -65,8 +67,10 @@ def title(machine: dict[str, Any]) -> str:
         if machine["cpu_family"] is not None:
             family = f" (family {machine['cpu_family']}, model {machine['cpu_model']})"
         plural = "s" * (threads != 1)
-        return f"{machine['cpu']}{family}, {threads} thread{plural}, {machine['cpu_capability']}"
-    return str(machine["gpu"])
+        what = f"{machine['cpu']}{family}, {threads} thread{plural}, {machine['cpu_capability']}"
+    else:
+        what = machine["gpu"]
+    return f"{what}, {machine['backend']} backend"
 
 
 def available_memory(device: torch.device) -> int:

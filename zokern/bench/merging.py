@@ -9,9 +9,11 @@ from torch import Tensor
 import zokern
 from zokern.bench.comparison import OURS, Comparison, Line, Run, Setting, random_values, weights
 from zokern.bench.peers import LR, OnlineMerging
-from zokern.merging import dense_tau
+from zokern.merging import SparseTau, dense_tau
 
 P, ALPHA = 0.01, 1e-7
+# As those of the peers are; they are float32 by default.
+BF16_MOMENTS = "moments in bf16"
 EAGER, ADAMW = "published optimizer", "torch's fused AdamW"
 # Of a gradient, and of what the reference adds to the base.
 GRAD_SCALE, TAU_SCALE = 1e-5, 1e-3
@@ -30,23 +32,31 @@ def _comparison(setting: Setting, cls: type, method: str, *, reads_twice: bool) 
     # One gradient at every step would make all of Adam's updates alike.
     grads = [random_values(setting, setting.numel, scale=GRAD_SCALE, seed=1 + i) for i in range(3)]
     difference = random_values(setting, setting.numel, scale=TAU_SCALE, seed=9)
-    param = torch.nn.Parameter(weights(setting))
-    optimizer = cls(
-        [("p", param)], lr=LR, reserve_p=P, alpha=ALPHA, use_merge=True, precision="inplace",
-        reference={"p": difference}, base={"p": torch.zeros_like(difference)}, seed=0,
-    )  # fmt: skip
-    tau = optimizer._tau(param)
-    published = OnlineMerging(param, dense_tau(tau, param.shape), p=P, alpha=ALPHA)
+
+    def line(state_dtype: torch.dtype) -> tuple[Line, Tensor | SparseTau]:
+        param = torch.nn.Parameter(weights(setting))
+        optimizer = cls(
+            [("p", param)], lr=LR, reserve_p=P, alpha=ALPHA, use_merge=True, precision="inplace",
+            reference={"p": difference}, base={"p": torch.zeros_like(difference)}, seed=0,
+            state_dtype=state_dtype,
+        )  # fmt: skip
+        tau = optimizer._tau(param)
+        size, moments = param.itemsize, 2 * state_dtype.itemsize
+        floor = 3 * size + 2 * moments + reads_twice * (size + moments)
+        return Line(_step(optimizer, param, grads), floor + _bytes(tau) / setting.numel), tau
+
+    lines = {}
+    lines[OURS], tau = line(torch.float32)
+    if setting.dtype == torch.bfloat16:
+        lines[BF16_MOMENTS], _ = line(torch.bfloat16)
+    published = OnlineMerging(weights(setting), dense_tau(tau, difference.shape), p=P, alpha=ALPHA)
     update: Callable[[Tensor], None] = getattr(published, method)
     followed = itertools.cycle(grads)
     adamw_param = torch.nn.Parameter(weights(setting))
     adamw = torch.optim.AdamW([adamw_param], lr=LR, fused=True)
-    size = param.itemsize
-    moments = 8
-    floor = 3 * size + 2 * moments + reads_twice * (size + moments) + _bytes(tau) / setting.numel
     return Comparison(
         setting.numel,
-        {OURS: Line(_step(optimizer, param, grads), floor)},
+        lines,
         {EAGER: lambda: update(next(followed)), ADAMW: _step(adamw, adamw_param, grads)},
     )
 
@@ -61,5 +71,5 @@ def _step(optimizer: torch.optim.Optimizer, param: torch.nn.Parameter, grads: li
     return step
 
 
-def _bytes(tau: Tensor | tuple[Tensor, ...]) -> int:
+def _bytes(tau: Tensor | SparseTau) -> int:
     return sum(t.nbytes for t in ((tau,) if isinstance(tau, Tensor) else tau))

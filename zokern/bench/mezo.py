@@ -19,7 +19,10 @@ SHARE = 1 / 7
 
 
 def on_one_tensor(setting: Setting) -> Comparison:
-    return _steps(setting, [(setting.numel,)])
+    comparison = _steps(setting, [(setting.numel,)])
+    # One tensor is no list.
+    del comparison.peers[FOREACH]
+    return comparison
 
 
 def on_a_model(setting: Setting) -> Comparison:
@@ -27,6 +30,8 @@ def on_a_model(setting: Setting) -> Comparison:
     room = SHARE * available_memory(setting.device) / setting.dtype.itemsize
     layers = models.layers_that_fit(setting.model, room)
     comparison = _steps(setting, list(models.shapes(setting.model, layers).values()))
+    # A compiler unrolls the loop over hundreds of tensors.
+    del comparison.peers[COMPILED]
     comparison.note = f"{setting.model}, {layers} of {models.layers_of(setting.model)} layers"
     return comparison
 

@@ -15,6 +15,8 @@ from zokern.bench.results import Record, records, step_records
 from zokern.bench.timing import take_turns
 from zokern.progress import progress_bar
 
+# What is skipped when somebody interrupts.
+REST = "the rest"
 # Whom zokern is timed beside.
 PEERS = ("all", "quick", "none")
 # How many times over what is swept a cache should be able to hold, and as how many sets at most.
@@ -50,7 +52,10 @@ class Plan:
 
 
 def run(plan: Plan, *, progress: bool = True) -> dict[str, Any]:
-    """Everything that the plan asks for; what cannot be run is ``skipped``, with the reason."""
+    """Everything that the plan asks for; what cannot be run is ``skipped``, with the reason.
+
+    Interrupted, what there is; the rest is ``skipped`` then.
+    """
     results: dict[str, Any] = {
         "machine": machine.describe(plan.device),
         "settings": {name: _plain(value) for name, value in vars(plan).items()},
@@ -67,7 +72,10 @@ def run(plan: Plan, *, progress: bool = True) -> dict[str, Any]:
                 results[kind] += measure(plan, name, dtype, results["skipped"])
             except (Unavailable, torch.OutOfMemoryError) as reason:
                 results["skipped"][f"{name}, {dtype}"] = str(reason)
-            gc.collect()
+            except KeyboardInterrupt:
+                results["skipped"][REST] = "interrupted"
+                break
+            _let_go(plan.device)
             advance(1)
     return results
 
@@ -121,13 +129,17 @@ def _step(plan: Plan, name: str, dtype: str, skipped: dict[str, str]) -> list[Re
     comparison.lines.clear()
     comparison.peers.clear()
     del runs
-    gc.collect()
-    if plan.device.type == "cuda":
-        # The processes whose peak is measured need the memory.
-        torch.cuda.empty_cache()
+    _let_go(plan.device)
     try:
         peak_bytes = peaks(setting, layers)
     except Unavailable as reason:
         skipped[f"{name}, {dtype}"] = str(reason)
         peak_bytes = {}
     return step_records(setting, layers, comparison, timings, peak_bytes)
+
+
+def _let_go(device: torch.device) -> None:
+    """Of memory that nobody uses; what follows fits itself to what is free."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
