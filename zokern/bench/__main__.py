@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", type=_names("dtype", DTYPES), default=["fp32", "bf16"],
         help="with commas between them: fp32, bf16, fp16; fp32,bf16 by default")  # fmt: skip
     add("--numel", type=_count, help="parameters of a sweep; merging optimizers and selections get "
-        "a quarter, merges a sixteenth; by default 2^26, 2^28 on a GPU")  # fmt: skip
+        "a quarter, merges a 32nd; by default 2^26, 2^28 on a GPU")  # fmt: skip
     add("--model-shapes", choices=MODELS, help="whose list of tensors mezo-model takes")
     add("--model", choices=MODELS, help="of whole steps; both models are cut down to the layers "
         "that fit, and by default opt-125m, llama-3-8b on a GPU")  # fmt: skip

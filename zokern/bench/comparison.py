@@ -1,7 +1,7 @@
 """What is timed together: lines of zokern's, what users run instead, and plain memory traffic."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Setting:
     """Where, in which dtype and on how much an operation is timed.
 
     Attributes:
-        numel: parameters of a sweep; what a step or a selection costs more for has a quarter.
+        numel: parameters of a sweep; operations that take longer have a part of them.
         model: of :mod:`zokern.bench.models`, for lists of tensors and whole steps.
         tokens: a batch of a whole step.
     """
@@ -45,9 +45,9 @@ class Setting:
     model: str
     tokens: int = 128
 
-    def part(self) -> "Setting":
+    def part(self, divisor: int) -> "Setting":
         """The setting of operations whose peers take long, or which keep many tensors."""
-        return Setting(self.device, self.dtype, self.numel // 4, self.model, self.tokens)
+        return replace(self, numel=max(1, self.numel // divisor))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def beside_mergekit(own: Merge, theirs: str, **given: object) -> Callable[[Setti
     """``theirs`` is the method's name there, ``given`` what both take besides the weights."""
 
     def build(setting: Setting) -> Comparison:
-        base, models = _models(setting.part().part())
+        base, models = _models(setting.part(32))
         return _comparison(
             len(models) + 2,
             partial(own, models, base=base, weights=WEIGHTS, **given),
@@ -39,7 +39,7 @@ def beside_peft(own: Merge, theirs: str, **given: object) -> Callable[[Setting],
     """Of adapters' tensors, which are differences: there is no base."""
 
     def build(setting: Setting) -> Comparison:
-        _, models = _models(setting.part().part())
+        _, models = _models(setting.part(32))
         return _comparison(
             len(models) + 1,
             partial(own, models, weights=WEIGHTS, semantics="peft", **given),

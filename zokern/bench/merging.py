@@ -20,12 +20,12 @@ GRAD_SCALE, TAU_SCALE = 1e-5, 1e-3
 
 
 def ondare(setting: Setting) -> Comparison:
-    return _comparison(setting.part(), zokern.OnDAREAdamW, "dare", reads_twice=False)
+    return _comparison(setting.part(4), zokern.OnDAREAdamW, "dare", reads_twice=False)
 
 
 def onties(setting: Setting) -> Comparison:
     """The selection reads gradient and moments once more."""
-    return _comparison(setting.part(), zokern.OnTIESAdamW, "ties", reads_twice=True)
+    return _comparison(setting.part(4), zokern.OnTIESAdamW, "ties", reads_twice=True)
 
 
 def _comparison(setting: Setting, cls: type, method: str, *, reads_twice: bool) -> Comparison:

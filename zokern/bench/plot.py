@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from zokern.bench import machine
 
 COLORS = {"fp32": "tab:blue", "bf16": "tab:orange", "fp16": "tab:green"}
-MARKERS = "osD^vP*X<>hp"
+MARKERS = "osD^vP*X<>hpd8H"
 
 
 def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
@@ -18,8 +18,8 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
     runs = [results for results in runs if results["operations"]]
     heights = [1 + len(_titles(results)) / 3 for results in runs]
     figure, panels = plt.subplots(
-        len(runs), 2, squeeze=False, figsize=(12, 1 + sum(heights)), height_ratios=heights,
-        layout="constrained",
+        len(runs), 2, squeeze=False, sharey="row", figsize=(12, 1 + sum(heights)),
+        height_ratios=heights, layout="constrained",
     )  # fmt: skip
     for (bandwidth, ahead), results in zip(panels, runs, strict=True):
         _bandwidth(bandwidth, results)
@@ -47,6 +47,7 @@ def _bandwidth(axes: Axes, results: dict[str, Any]) -> None:
         )  # fmt: skip
     axes.axvline(100, color="black", lw=0.8)
     axes.set_yticks(range(len(titles)), titles)
+    axes.set_ylim(-0.6, len(titles) - 0.4)
     axes.set_xlabel("% of the bandwidth of a copy")
     axes.legend(frameon=False)
 
@@ -67,7 +68,6 @@ def _ahead(axes: Axes, results: dict[str, Any]) -> None:
         )
     axes.axvline(1, color="black", lw=0.8)
     axes.set_xscale("log")
-    axes.set_yticks(range(len(titles)), [""] * len(titles))
     axes.grid(axis="y", alpha=0.3)
     axes.set_xlabel("times as fast as")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -144,7 +144,7 @@ def inner_products(setting: Setting) -> Comparison:
 
 def selection(setting: Setting) -> Comparison:
     """The threshold of the largest tenth."""
-    setting = setting.part()
+    setting = setting.part(4)
     values = weights(setting)
     k = max(1, setting.numel // 10)
     return Comparison(
