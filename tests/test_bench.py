@@ -40,7 +40,9 @@ def setting(dtype: torch.dtype = torch.float32, numel: int = 1 << 14) -> Setting
 @pytest.fixture(scope="module")
 def operations() -> dict:
     """The results of all operations."""
-    return run(SMALL, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zokern.bench.run.MOST_SETS", 2)
+        return run(SMALL, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +190,7 @@ def test_the_command_lists_what_there_is(monkeypatch, capsys):
         (["--numel", "0"], "argument --numel: '0' is no positive integer"),
         (["--numel", "many"], "argument --numel: 'many' is no positive integer"),
         (["--ops", "split8", "--dtype", "fp32"], "none of split8 is for fp32"),
+        (["--ops", "step", "--plot", "plot.png"], "whole steps are not drawn"),
         (["--json", "/nowhere/at/all.json"], "argument --json: there is no folder /nowhere/at"),
     ],
 )

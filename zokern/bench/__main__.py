@@ -99,6 +99,8 @@ def _plan(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan:
         path = getattr(given, option)
         if path is not None and not path.resolve().parent.is_dir():
             parser.error(f"argument --{option}: there is no folder {path.resolve().parent}")
+    if given.plot and given.ops == [END_TO_END]:
+        parser.error("argument --plot: whole steps are not drawn; add other operations to --ops")
     own = DEFAULTS[device]
     model = given.model or own["model"]
     plan = Plan(

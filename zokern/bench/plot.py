@@ -14,8 +14,7 @@ MARKERS = "osD^vP*X<>hpd8H"
 
 
 def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """A row of panels for each run with operations."""
-    runs = [results for results in runs if results["operations"]]
+    """A row of panels for each run."""
     heights = [1 + len(_titles(results)) / 3 for results in runs]
     figure, panels = plt.subplots(
         len(runs), 2, squeeze=False, sharey="row", figsize=(12, 1 + sum(heights)),

@@ -31,7 +31,7 @@ def load(folder: Path) -> list[Results]:
 def section(runs: Sequence[Results], plot: str) -> str:
     """Of the README: each run's tables and goals, and whether a GPU is among them."""
     parts = [_run(results) for results in runs]
-    if runs:
+    if any(results["operations"] for results in runs):
         parts.append(f"![Bandwidth and speed beside others]({plot})")
     if not any(results["machine"]["device"] == "cuda" for results in runs):
         parts.append(
@@ -85,10 +85,11 @@ def main() -> None:
         new = written(arguments.readme.read_text(), section(runs, arguments.plot.as_posix()))
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
-    if runs:
+    drawn = [results for results in runs if results["operations"]]
+    if drawn:
         from zokern.bench.plot import plot
 
-        plot(runs, arguments.plot)
+        plot(drawn, arguments.plot)
     arguments.readme.write_text(new)
 
 
