@@ -30,6 +30,7 @@ SMALL = Plan(
     peers="quick",
     rounds=1,
     seconds=0.0,
+    minutes=60.0,
 )
 
 
@@ -154,6 +155,11 @@ def test_what_cannot_run_is_named_with_the_reason(monkeypatch):
     results = run(replace(SMALL, ops=["sweep", "split"]), progress=False)
     assert results["skipped"] == {f"sweep, {d}": "there is no moon" for d in SMALL.dtypes}
     assert [r["operation"] for r in results["operations"]] == ["split"]
+
+
+def test_no_operation_begins_when_the_minutes_are_over():
+    results = run(replace(SMALL, ops=["sweep"], minutes=0.0), progress=False)
+    assert results["skipped"] == {f"sweep, {d}": "0 minutes were over" for d in SMALL.dtypes}
 
 
 def test_peers_may_be_left_out():

@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=_count, default=7, help="at most; default 7")
     add("--seconds", type=float, default=6.0, help="after which no round of an operation begins "
         "but the first three; default 6")  # fmt: skip
+    add("--minutes", type=float, default=8.0, help="after which no operation begins; default 8")
     add("--json", type=Path, help="where to write all figures: a file, or a folder of results, "
         "in which it is named after the machine")  # fmt: skip
     add("--plot", type=Path, help="where to draw them")
@@ -114,6 +115,7 @@ def _plan(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan:
         peers=given.peers or own["peers"],
         rounds=given.rounds,
         seconds=given.seconds,
+        minutes=given.minutes,
     )
     if not plan.tasks():
         parser.error(

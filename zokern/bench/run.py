@@ -1,6 +1,7 @@
 """A run: which operations in which dtypes, one after the other, and what comes out of it."""
 
 import gc
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ class Plan:
     peers: str
     rounds: int
     seconds: float
+    minutes: float
 
     def tasks(self) -> list[tuple[str, str]]:
         """Operations and dtypes."""
@@ -63,10 +65,14 @@ def run(plan: Plan, *, progress: bool = True) -> dict[str, Any]:
         "steps": [],
         "skipped": {},
     }
-    tasks = plan.tasks()
+    tasks, begin = plan.tasks(), time.perf_counter()
     with progress_bar(len(tasks), "bench", "op", shown=progress) as advance:
         for name, dtype in tasks:
             kind = "steps" if name == END_TO_END else "operations"
+            if time.perf_counter() - begin > 60 * plan.minutes:
+                results["skipped"][f"{name}, {dtype}"] = f"{plan.minutes:g} minutes were over"
+                advance(1)
+                continue
             measure = _step if name == END_TO_END else _operation
             try:
                 results[kind] += measure(plan, name, dtype, results["skipped"])
