@@ -5,7 +5,8 @@
 # make zopro   align a small language model with forward passes only (a few minutes)
 # make align   align a small language model by DPO, IPO and KTO, and see what it forgets
 #              (five to fifteen minutes on two cores)
-# make bench   the benchmarks
+# make bench   every operation beside what users run instead (nine minutes), under pytest-benchmark
+# make report  the README's performance section and plot, from benchmarks/results/
 # make wheel   a wheel in dist/
 # make format  format the sources
 #
@@ -20,7 +21,7 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test check demo compare precisions zopro align bench wheel format clean
+.PHONY: test check demo compare precisions zopro align bench report wheel format clean
 
 test: check $(VENV)/test
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -48,6 +49,9 @@ precisions: $(VENV)/examples
 
 bench: $(VENV)/bench
 	$(BIN)/python -m pytest benchmarks
+
+report: $(VENV)/bench
+	$(BIN)/python -m zokern.bench.report
 
 wheel: $(VENV)/torch
 	$(BIN)/pip wheel --no-deps -w dist .

@@ -1,7 +1,7 @@
-"""The k largest magnitudes of 2^24 values beside torch.topk and torch.kthvalue.
+"""Selections of other kinds than the one of ``python -m zokern.bench``. Run: ``make bench``.
 
-Run: ``make bench``. Rounds of all three follow one another, so that they see the same machine; the
-ratios are those of the medians. Nothing is asserted.
+Rounds of all of them follow one another, so that they see the same machine; the ratios are those of
+the medians. Nothing is asserted.
 """
 
 import statistics
@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
 from zokern import ops
 
@@ -22,13 +21,6 @@ SHARES = [0.01, 0.1, 0.5]
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def dtype(request) -> torch.dtype:
     return request.param
-
-
-@pytest.fixture(params=["random", "all equal"])
-def values(request, dtype) -> Tensor:
-    if request.param == "all equal":
-        return torch.full((NUMEL,), 0.3, dtype=dtype)
-    return torch.randn(NUMEL, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
 
 
 def beside(
@@ -55,7 +47,8 @@ def beside(
 
 
 @pytest.mark.parametrize("share", SHARES)
-def test_against_topk_and_kthvalue(benchmark, capsys, values, share):
+def test_of_equal_values(benchmark, capsys, dtype, share):
+    values = torch.full((NUMEL,), 0.3, dtype=dtype)
     k = int(share * NUMEL)
     peers = {
         "topk": lambda: torch.topk(values.abs(), k, sorted=False),

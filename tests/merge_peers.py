@@ -8,44 +8,20 @@ import torch
 from torch import Tensor
 
 from zokern import noise
-
-State = dict[str, Tensor]
-
-
-def with_mergekit(method: str, base: State | None, models: list[State], **parameters) -> State:
-    """By the method that mergekit has under that name; parameters in its words."""
-    registry = pytest.importorskip("mergekit.merge_methods.registry")
-    from mergekit.merge_methods.base import TensorBatch, TensorGroup
-
-    merge = registry.get(method)
-    weights = parameters.pop("weight")
-    if base is None:
-        result = {}
-        for name in models[0]:
-            batch = TensorBatch([model[name][None] for model in models])
-            weight = torch.tensor([weights])
-            result[name] = merge.merge_batch(batch, weight=weight, **parameters)[0]
-        return result
-    given = {spec.name: spec.default for spec in merge.spec.parameters} | parameters
-    ids = range(1, len(models) + 1)
-    given["weight"] = dict(zip(ids, weights, strict=True))
-    if "density" in parameters:
-        given["density"] = dict(zip(ids, parameters["density"], strict=True))
-    result = {}
-    for name in base:
-        tensors = [base[name], *(model[name] for model in models)]
-        result[name] = merge.merge_group(TensorGroup.from_tensors(tensors, base_index=0), **given)
-    return result
+from zokern.bench import peers
+from zokern.bench.peers import State
 
 
-def with_peft(method: str, models: list[State], weights: list[float], *arguments) -> State:
-    """By peft's function of that name, of models that are deltas themselves."""
-    functions = pytest.importorskip("peft.utils.merge_utils")
-    function = getattr(functions, method)
-    return {
-        name: function([model[name] for model in models], torch.tensor(weights), *arguments)
-        for name in models[0]
-    }
+def with_mergekit(*arguments, **parameters) -> State:
+    """As :func:`zokern.bench.peers.with_mergekit`; skips the test without mergekit."""
+    pytest.importorskip("mergekit")
+    return peers.with_mergekit(*arguments, **parameters)
+
+
+def with_peft(*arguments) -> State:
+    """As :func:`zokern.bench.peers.with_peft`; skips the test without peft."""
+    pytest.importorskip("peft")
+    return peers.with_peft(*arguments)
 
 
 def with_paper(base: State, models: list[State], density: float, how: str, lambda_: float) -> State:
