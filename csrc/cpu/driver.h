@@ -3,7 +3,8 @@
 // The including file has defined, in terms of its instruction set:
 //   alignment<law>()  the elements at which `accumulate` can begin: multiples of this
 //   steps<law>()      how many elements it takes at a time
-//   accumulate<law>   to ← fma(c, z, s from) over whole steps
+//   Floats, Elements<storage>  places of values: as such, and as a tensor stores them
+//   accumulate<law>   to ← fma(c, z, s from) over whole steps, from one place to another
 //   load_block, store_block<storage>
 //   round_values<storage>  values by random halves of words; goes on to the end of a vector
 //   store_words       the words of groups, a multiple of 16 of them
@@ -30,15 +31,31 @@ int64_t whole_steps(int64_t n) {
     return (n + steps<law>() - 1) / steps<law>() * steps<law>();
 }
 
-// All directions over `count` elements (whole steps), from the full tensor's `element` on.
-template <Law law>
-void move(const Directions& d, uint64_t tensor_id, int64_t element, int64_t count,
-          const float* from, float* to) {
-    for (int64_t k = 0; k < d.count; ++k) {
+// All directions over `count` elements (whole steps, at most kBlock), from the full tensor's
+// `element` on.
+template <Law law, class From, class To>
+void move(const Directions& d, uint64_t tensor_id, int64_t element, int64_t count, From from,
+          To to) {
+    Buffer buffer;
+    const Floats between = {buffer.t};
+    const auto along = [&](int64_t k, auto here, auto there) {
         const Stream stream = make_stream(d.seed, tensor_id, uint32_t(d.draws[k]), law);
-        accumulate<law>(stream, uint64_t(element), count, from, to, d.coeffs[k], d.scales[k]);
-        from = to;
-    }
+        accumulate<law>(stream, uint64_t(element), count, here, there, d.coeffs[k], d.scales[k]);
+    };
+    if (d.count == 1) return along(0, from, to);
+    along(0, from, between);
+    for (int64_t k = 1; k < d.count - 1; ++k) along(k, between, between);
+    along(d.count - 1, between, to);
+}
+
+// The same from the tensor's element i on, in place or not.
+template <Law law, Storage storage>
+void move_elements(const Directions& d, const SweepTensor& tensor, int64_t i, int64_t element,
+                   int64_t count) {
+    const auto from = Elements<storage>::at(tensor.param, tensor.residual, i);
+    if (tensor.out == nullptr) return move<law>(d, tensor.tensor_id, element, count, from, from);
+    const auto to = Elements<alone(storage)>::at(tensor.out, nullptr, i);
+    move<law>(d, tensor.tensor_id, element, count, from, to);
 }
 
 // A draw's values, in place of what was at z.
@@ -46,7 +63,7 @@ template <Law law>
 void draw_values(const Stream& stream, int64_t element, int64_t count, float* z) {
     // -0 is what can be added to any z, also to +0 and -0, and leave its bits.
     for (int64_t j = 0; j < count; ++j) z[j] = -0.0f;
-    accumulate<law>(stream, uint64_t(element), count, z, z, 1.0f, 1.0f);
+    accumulate<law>(stream, uint64_t(element), count, Floats{z}, Floats{z}, 1.0f, 1.0f);
 }
 
 // Elements [i, i + n) of a dense direction.
@@ -117,7 +134,8 @@ void sweep_block(const Directions& d, const SweepTensor& tensor, int64_t i, int6
         const float coeff = d.coeffs[k], scale = d.scales[k];
         const Stream stream = make_stream(d.seed, tensor.tensor_id, uint32_t(d.draws[k]), law);
         if (d.draws[k] >= 0 && !adds) {
-            accumulate<law>(stream, uint64_t(element - lead), padded, t.t, t.t, coeff, scale);
+            const Floats all = {t.t};
+            accumulate<law>(stream, uint64_t(element - lead), padded, all, all, coeff, scale);
             return;
         }
         if (d.draws[k] >= 0) {
@@ -174,17 +192,16 @@ void move_run(const Directions& d, const SweepTensor& tensor, int64_t i, int64_t
         int64_t count = n < kBlock - lead ? n : kBlock - lead;
         if (!d.plain) {
             sweep_block<law, storage>(d, tensor, i, count, element);
-        } else if (storage == Storage::fp32 && lead == 0 && n >= steps<law>()) {
+        } else if (residual_bytes(storage) == 0 && lead == 0 && n >= steps<law>()) {
             count = count / steps<law>() * steps<law>();
-            float* param = static_cast<float*>(tensor.param) + i;
-            float* out = static_cast<float*>(tensor.out) + i;
-            move<law>(d, tensor.tensor_id, element, count, param, tensor.out ? out : param);
+            move_elements<law, storage>(d, tensor, i, element, count);
         } else {
             const int64_t padded = whole_steps<law>(lead + count);
             zero(buffer.t, 0, lead);
             zero(buffer.t, lead + count, padded);
             load_block<storage>(tensor, i, count, buffer.t + lead);
-            move<law>(d, tensor.tensor_id, element - lead, padded, buffer.t, buffer.t);
+            const Floats all = {buffer.t};
+            move<law>(d, tensor.tensor_id, element - lead, padded, all, all);
             finish_block<storage>(d, tensor, i, count, element, buffer.t + lead);
         }
         i += count;

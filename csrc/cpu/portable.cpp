@@ -14,15 +14,52 @@ constexpr int64_t alignment() {
     return steps<law>();
 }
 
-template <Law law>
-void accumulate(const Stream& stream, uint64_t element, int64_t count, const float* from, float* to,
+template <int bytes>
+uint32_t load_bits(const unsigned char* p) {
+    uint32_t bits = 0;
+    memcpy(&bits, p, bytes);
+    return bits;
+}
+
+// Values as such.
+struct Floats {
+    float* values;
+
+    float load(int64_t at) const { return values[at]; }
+    void store(int64_t at, float x) const { values[at] = x; }
+};
+
+// A tensor's elements as they are stored, from one of them on.
+template <Storage storage>
+struct Elements {
+    static constexpr int pb = param_bytes(storage), rb = residual_bytes(storage);
+    unsigned char *param, *residual;
+
+    static Elements at(void* param, void* residual, int64_t i) {
+        return {static_cast<unsigned char*>(param) + i * pb,
+                static_cast<unsigned char*>(residual) + i * rb};
+    }
+    float load(int64_t j) const {
+        const Stored stored = {load_bits<pb>(param + j * pb), load_bits<rb>(residual + j * rb)};
+        return load_value<storage>(stored);
+    }
+    void store(int64_t j, float value) const {
+        const Stored stored = store_value<storage>(value);
+        memcpy(param + j * pb, &stored.param, pb);
+        if (rb > 0) memcpy(residual + j * rb, &stored.residual, rb);
+    }
+};
+
+template <Law law, class From, class To>
+void accumulate(const Stream& stream, uint64_t element, int64_t count, From from, To to,
                 float coeff, float scale) {
     float z[8];
     for (int64_t i = 0; i < count; i += 8) {
         octet<law>(stream, (element + uint64_t(i)) / 8, z);
         for (int j = 0; j < 8; ++j) {
-            const float value = scale != 1.0f ? scale * from[i + j] : from[i + j];
-            to[i + j] = fma32(coeff, z[j], value);
+            float value = from.load(i + j);
+            if (scale != 1.0f) value = scale * value;
+            to.store(i + j, fma32(coeff, z[j], value));
         }
     }
 }
@@ -65,22 +102,10 @@ int64_t find_below(const Stream& stream, uint32_t group, int64_t count, uint32_t
     return found;
 }
 
-template <int bytes>
-uint32_t load_bits(const unsigned char* p) {
-    uint32_t bits = 0;
-    memcpy(&bits, p, bytes);
-    return bits;
-}
-
 template <Storage storage>
 void load_block(const SweepTensor& tensor, int64_t i, int64_t n, float* t) {
-    constexpr int pb = param_bytes(storage), rb = residual_bytes(storage);
-    const unsigned char* param = static_cast<const unsigned char*>(tensor.param) + i * pb;
-    const unsigned char* residual = static_cast<const unsigned char*>(tensor.residual) + i * rb;
-    for (int64_t j = 0; j < n; ++j) {
-        const Stored stored = {load_bits<pb>(param + j * pb), load_bits<rb>(residual + j * rb)};
-        t[j] = load_value<storage>(stored);
-    }
+    const auto elements = Elements<storage>::at(tensor.param, tensor.residual, i);
+    for (int64_t j = 0; j < n; ++j) t[j] = elements.load(j);
 }
 
 template <Storage storage>
@@ -91,14 +116,8 @@ void round_values(const unsigned char* random, int64_t n, float* values) {
 
 template <Storage storage>
 void store_block(const SweepTensor& tensor, int64_t i, int64_t n, const float* t) {
-    constexpr int pb = param_bytes(storage), rb = residual_bytes(storage);
-    unsigned char* param = static_cast<unsigned char*>(tensor.param) + i * pb;
-    unsigned char* residual = static_cast<unsigned char*>(tensor.residual) + i * rb;
-    for (int64_t j = 0; j < n; ++j) {
-        const Stored stored = store_value<storage>(t[j]);
-        memcpy(param + j * pb, &stored.param, pb);
-        if (rb > 0) memcpy(residual + j * rb, &stored.residual, rb);
-    }
+    const auto elements = Elements<storage>::at(tensor.param, tensor.residual, i);
+    for (int64_t j = 0; j < n; ++j) elements.store(j, t[j]);
 }
 
 }  // namespace

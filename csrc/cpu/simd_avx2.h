@@ -63,6 +63,8 @@ struct Simd {
         return _mm256_cmpgt_epi32(xor_i(b, sign), xor_i(a, sign));
     }
     static Mask equal(I a, I b) { return _mm256_cmpeq_epi32(a, b); }
+    static bool any(Mask m) { return _mm256_testz_si256(m, m) == 0; }
+    static Mask is_nan(F a) { return as_int(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
     static Mask nonzero(I a) {
         return xor_i(_mm256_cmpeq_epi32(a, _mm256_setzero_si256()), set_i(0xFFFFFFFFu));
     }

@@ -52,6 +52,8 @@ struct Simd {
     using Mask = __mmask16;
     static Mask less_unsigned(I a, I b) { return _mm512_cmplt_epu32_mask(a, b); }
     static Mask equal(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }
+    static bool any(Mask m) { return m != 0; }
+    static Mask is_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
     static Mask nonzero(I a) { return _mm512_test_epi32_mask(a, a); }
     static I select(Mask m, I yes, I no) { return _mm512_mask_blend_epi32(m, no, yes); }
 

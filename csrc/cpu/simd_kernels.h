@@ -14,28 +14,52 @@ struct Rows {
     I first, second;
 };
 
-struct PhiloxSource {
-    Stream stream;
-
-    Rows rows(uint32_t group) const {
-        I c0 = Simd::add_i(Simd::set_i(group), Simd::group_order());
-        I c1 = Simd::set_i(stream.c1), c2 = Simd::set_i(stream.c2), c3 = Simd::set_i(stream.draw);
-        const I m0 = Simd::set_i(kPhiloxM0), m1 = Simd::set_i(kPhiloxM1);
+// Philox of consecutive groups of a stream: their counters differ in c0 alone, so that half of what
+// the first two rounds compute is the same for all of them.
+class PhiloxSource {
+  public:
+    explicit PhiloxSource(const Stream& stream) {
         uint32_t key0 = stream.key0, key1 = stream.key1;
-#pragma GCC unroll 10
-        for (int round = 0; round < 10; ++round) {
-            const I p0 = Simd::mul_wide(c0, m0), p1 = Simd::mul_wide(c2, m1);
-            c0 = Simd::xor3(Simd::high_half(p1), c1, Simd::set_i(key0));
-            c2 = Simd::xor3(Simd::high_half(p0), c3, Simd::set_i(key1));
-            c1 = p1;
-            c3 = p0;
+        for (int round = 0; round < kRounds; ++round) {
+            keys0_[round] = Simd::set_i(key0);
+            keys1_[round] = Simd::set_i(key1);
             key0 += kPhiloxW0;
             key1 += kPhiloxW1;
+        }
+        const uint64_t first = uint64_t(stream.c2) * kPhiloxM1;
+        const uint32_t c0 = uint32_t(first >> 32) ^ stream.c1 ^ stream.key0;
+        const uint64_t second = uint64_t(c0) * kPhiloxM0;
+        keys1_[0] = Simd::set_i(stream.draw ^ stream.key1);
+        keys0_[1] = Simd::xor_i(keys0_[1], Simd::set_i(uint32_t(first)));
+        keys1_[1] = Simd::xor_i(keys1_[1], Simd::set_i(uint32_t(second >> 32)));
+        keys1_[2] = Simd::xor_i(keys1_[2], Simd::set_i(uint32_t(second)));
+    }
+
+    Rows rows(uint32_t group) const {
+        const I m0 = Simd::set_i(kPhiloxM0), m1 = Simd::set_i(kPhiloxM1);
+        I p0 = Simd::mul_wide(Simd::add_i(Simd::set_i(group), Simd::group_order()), m0);
+        I p1 = Simd::mul_wide(Simd::xor_i(Simd::high_half(p0), keys1_[0]), m1);
+        I c0 = Simd::xor_i(Simd::high_half(p1), keys0_[1]), c1 = p1;
+        I c2 = Simd::xor_i(p0, keys1_[1]), c3 = Simd::set_i(0);
+#pragma GCC unroll 10
+        for (int round = 2; round < kRounds; ++round) {
+            p0 = Simd::mul_wide(c0, m0);
+            p1 = Simd::mul_wide(c2, m1);
+            c0 = Simd::xor3(Simd::high_half(p1), c1, keys0_[round]);
+            c2 = Simd::xor3(Simd::high_half(p0), c3, keys1_[round]);
+            c1 = p1;
+            c3 = p0;
         }
         Rows rows;
         Simd::rows(c0, c1, c2, c3, rows.first, rows.second);
         return rows;
     }
+
+  private:
+    static constexpr int kRounds = 10;
+
+    // The first ones with what all groups have in common.
+    I keys0_[kRounds], keys1_[kRounds];
 };
 
 struct MemorySource {
@@ -46,17 +70,155 @@ struct MemorySource {
     }
 };
 
+// Values as such.
+struct Floats {
+    static constexpr bool kHalves = false;
+    float* values;
+
+    F load(int64_t at) const { return Simd::load(values + at); }
+    void store(int64_t at, F x) const { Simd::store(values + at, x); }
+};
+
+template <Storage storage>
+F load_vector(const unsigned char* param, const unsigned char* residual) {
+    if constexpr (storage == Storage::fp32) {
+        return Simd::as_float(Simd::load_i(param));
+    } else if constexpr (storage == Storage::fp16) {
+        return Simd::load_fp16(param);
+    } else if constexpr (storage == Storage::fp16_split) {
+        return Simd::fma(Simd::load_fp16(residual), Simd::set(0x1p-11f), Simd::load_fp16(param));
+    } else {
+        I bits = Simd::template shl<16>(Simd::load_u16(param));
+        if constexpr (storage == Storage::bf16_split16) {
+            const I high = Simd::template shl<16>(Simd::load_u16(residual));
+            bits = Simd::add_i(bits, Simd::template sar<16>(high));
+        } else if constexpr (storage == Storage::bf16_split8) {
+            const I high = Simd::template shl<24>(Simd::load_u8(residual));
+            bits = Simd::add_i(bits, Simd::template sar<16>(high));
+        }
+        return Simd::as_float(bits);
+    }
+}
+
+// Infinities and NaN lose nothing but a NaN's payload in bfloat16; a carry must not change them.
+I to_bf16_bits(I bits, Simd::Mask special) {
+    const I rounded = Simd::template shr<16>(Simd::add_i(bits, Simd::set_i(0x8000u)));
+    const I mantissa = Simd::and_i(bits, Simd::set_i(0x007FFFFFu));
+    const I quiet = Simd::select(Simd::nonzero(mantissa), Simd::set_i(0x40u), Simd::set_i(0));
+    return Simd::select(special, Simd::or_i(Simd::template shr<16>(bits), quiet), rounded);
+}
+
+// The upper half is the value in bfloat16, to nearest, ties to even, but for NaN.
+I with_rounding(F value) {
+    const I bits = Simd::as_int(value);
+    const I last = Simd::and_i(Simd::template shr<16>(bits), Simd::set_i(1));
+    return Simd::add_i(bits, Simd::add_i(last, Simd::set_i(0x7FFFu)));
+}
+
+I to_nearest_bf16_bits(F value) {
+    const I high = Simd::template shr<16>(Simd::as_int(value));
+    const I rounded = Simd::template shr<16>(with_rounding(value));
+    return Simd::select(Simd::is_nan(value), Simd::or_i(high, Simd::set_i(0x40u)), rounded);
+}
+
+template <Storage storage>
+void store_vector(unsigned char* param, unsigned char* residual, F value) {
+    if constexpr (storage == Storage::fp32) {
+        Simd::store_i(param, Simd::as_int(value));
+    } else if constexpr (storage == Storage::fp16) {
+        Simd::store_fp16(param, value);
+    } else if constexpr (storage == Storage::fp16_split) {
+        const F rounded = Simd::round_to_fp16(value);
+        const I exponent = Simd::set_i(0x7F800000u);
+        const auto special = Simd::equal(Simd::and_i(Simd::as_int(rounded), exponent), exponent);
+        const F rest = Simd::mul(Simd::sub(value, rounded), Simd::set(0x1p11f));
+        Simd::store_fp16(param, value);
+        Simd::store_fp16(residual,
+                         Simd::as_float(Simd::select(special, Simd::set_i(0), Simd::as_int(rest))));
+    } else if constexpr (storage == Storage::bf16) {
+        Simd::store_u16(param, to_nearest_bf16_bits(value));
+    } else {
+        I bits = Simd::as_int(value);
+        const I exponent = Simd::set_i(0x7F800000u);
+        const auto special = Simd::equal(Simd::and_i(bits, exponent), exponent);
+        if constexpr (storage == Storage::bf16_split8) {
+            const I nearest =
+                Simd::and_i(Simd::add_i(bits, Simd::set_i(0x80u)), Simd::set_i(0xFFFFFF00u));
+            bits = Simd::select(special, bits, nearest);
+        }
+        const I high = to_bf16_bits(bits, special);
+        const I difference = Simd::sub_i(bits, Simd::template shl<16>(high));
+        const I rest = Simd::select(special, Simd::set_i(0), difference);
+        Simd::store_u16(param, high);
+        if constexpr (storage == Storage::bf16_split8) {
+            Simd::store_u8(residual, Simd::template shr<8>(rest));
+        } else {
+            Simd::store_u16(residual, rest);
+        }
+    }
+}
+
+// A tensor's elements as they are stored, from one of them on.
+template <Storage storage>
+struct Elements {
+    // Two of them in a lane: even and odd ones are taken apart sooner than halves of a vector.
+    static constexpr bool kHalves = storage == Storage::bf16;
+    unsigned char *param, *residual;
+
+    static Elements at(void* param, void* residual, int64_t i) {
+        return {static_cast<unsigned char*>(param) + i * param_bytes(storage),
+                static_cast<unsigned char*>(residual) + i * residual_bytes(storage)};
+    }
+    F load(int64_t j) const {
+        return load_vector<storage>(param + j * param_bytes(storage),
+                                    residual + j * residual_bytes(storage));
+    }
+    void store(int64_t j, F value) const {
+        store_vector<storage>(param + j * param_bytes(storage),
+                              residual + j * residual_bytes(storage), value);
+    }
+    void load_pair(int64_t j, F& even, F& odd) const {
+        const I bits = Simd::load_i(param + j * param_bytes(storage));
+        even = Simd::as_float(Simd::template shl<16>(bits));
+        odd = Simd::as_float(Simd::and_i(bits, Simd::set_i(0xFFFF0000u)));
+    }
+    void store_pair(int64_t j, F even, F odd) const {
+        I low = Simd::template shr<16>(with_rounding(even)), high = with_rounding(odd);
+        if (Simd::any(Simd::is_nan(even)) || Simd::any(Simd::is_nan(odd))) {
+            low = to_nearest_bf16_bits(even);
+            high = Simd::template shl<16>(to_nearest_bf16_bits(odd));
+        }
+        const I bits = Simd::or_i(low, Simd::and_i(high, Simd::set_i(0xFFFF0000u)));
+        Simd::store_i(param + j * param_bytes(storage), bits);
+    }
+};
+
 // Takes the values at `at` of one place, moved along z, to the same of another, or itself.
+template <class From, class To>
 struct Move {
-    const float* from;
-    float* to;
+    From from;
+    To to;
     F coeff, scale;
     bool scaled;
 
-    void operator()(int64_t at, F z) const {
-        F value = Simd::load(from + at);
+    F moved(F value, F z) const {
         if (scaled) value = Simd::mul(scale, value);
-        Simd::store(to + at, Simd::fma(coeff, z, value));
+        return Simd::fma(coeff, z, value);
+    }
+    void operator()(int64_t at, F z) const { to.store(at, moved(from.load(at), z)); }
+
+    // Of two vectors of values, those with even places and those with odd ones.
+    void pair(int64_t at, F even, F odd) const {
+        if constexpr (From::kHalves && To::kHalves) {
+            F a, b;
+            from.load_pair(at, a, b);
+            to.store_pair(at, moved(a, even), moved(b, odd));
+        } else {
+            F first, second;
+            Simd::interleave(even, odd, first, second);
+            (*this)(at, first);
+            (*this)(at + Simd::kWidth, second);
+        }
     }
 };
 
@@ -118,18 +280,15 @@ void normal_angle(I word, F& cos, F& sin) {
     sin = Simd::as_float(Simd::xor_i(Simd::select(swap, cosine, sine), sin_sign));
 }
 
-template <Law law>
-void move_rows(const Rows& rows, int64_t at, const Move& move) {
+template <Law law, class M>
+void move_rows(const Rows& rows, int64_t at, const M& move) {
     constexpr int w = Simd::kWidth;
     if constexpr (law == Law::gauss16) {
         const I nibbles = Simd::set_i(0x0F0F0F0Fu);
-        F first, second;
         for (const I& row : {rows.first, rows.second}) {
             const F even = gauss<law>(Simd::and_i(row, nibbles));
             const F odd = gauss<law>(Simd::and_i(Simd::template shr<4>(row), nibbles));
-            Simd::interleave(even, odd, first, second);
-            move(at, first);
-            move(at + w, second);
+            move.pair(at, even, odd);
             at += 2 * w;
         }
     } else if constexpr (law == Law::gauss32) {
@@ -164,28 +323,35 @@ constexpr int64_t alignment() {
     return elements_per_group(law);
 }
 
-template <Law law>
-void accumulate(const Stream& stream, uint64_t element, int64_t count, const float* from, float* to,
+template <Law law, class From, class To>
+void accumulate(const Stream& stream, uint64_t element, int64_t count, From from, To to,
                 float coeff, float scale) {
-    const PhiloxSource source{stream};
-    const Move move{from, to, Simd::set(coeff), Simd::set(scale), scale != 1.0f};
+    const PhiloxSource source(stream);
+    const Move<From, To> move{from, to, Simd::set(coeff), Simd::set(scale), scale != 1.0f};
     uint32_t group = uint32_t(element / elements_per_group(law));
-    for (int64_t i = 0; i < count; i += steps<law>(), group += Simd::kGroups) {
-        move_rows<law>(source.rows(group), i, move);
+    // One step ahead: the words of the next values are a long chain of operations, each of which
+    // waits for the one before, and these move in the meantime.
+    Rows rows = source.rows(group);
+    for (int64_t i = 0; i < count; i += steps<law>()) {
+        group += Simd::kGroups;
+        const Rows next = source.rows(group);
+        move_rows<law>(rows, i, move);
+        rows = next;
     }
 }
 
 template <Law law>
 void accumulate_words(const uint32_t* words, int64_t groups, float* t) {
     const MemorySource source{words};
-    const Move move{t, t, Simd::set(1.0f), Simd::set(1.0f), false};
+    const Floats values = {t};
+    const Move<Floats, Floats> move{values, values, Simd::set(1.0f), Simd::set(1.0f), false};
     for (int64_t group = 0; group < groups; group += Simd::kGroups) {
         move_rows<law>(source.rows(uint32_t(group)), group * elements_per_group(law), move);
     }
 }
 
 void store_words(const Stream& stream, uint32_t group, int64_t groups, uint32_t* words) {
-    const PhiloxSource source{stream};
+    const PhiloxSource source(stream);
     for (int64_t i = 0; i < groups; i += Simd::kGroups) {
         const Rows rows = source.rows(group + uint32_t(i));
         Simd::store_i(words + 4 * i, rows.first);
@@ -197,7 +363,7 @@ void store_words(const Stream& stream, uint32_t group, int64_t groups, uint32_t*
 // is that of `group`. Goes on to the end of a step.
 void keep_below(const Stream& stream, uint32_t group, int64_t count, uint32_t limit,
                 float* values) {
-    const PhiloxSource source{stream};
+    const PhiloxSource source(stream);
     const I bound = Simd::set_i(limit), nothing = Simd::set_i(0);
     const auto keep = [&](I words, float* at) {
         const I kept = Simd::as_int(Simd::load(at));
@@ -215,7 +381,7 @@ void keep_below(const Stream& stream, uint32_t group, int64_t count, uint32_t li
 // there is room for a vector.
 int64_t find_below(const Stream& stream, uint32_t group, int64_t count, uint32_t limit,
                    uint32_t* places) {
-    const PhiloxSource source{stream};
+    const PhiloxSource source(stream);
     const I bound = Simd::set_i(limit);
     uint32_t lanes[Simd::kWidth];
     for (uint32_t lane = 0; lane < uint32_t(Simd::kWidth); ++lane) lanes[lane] = lane;
@@ -231,41 +397,6 @@ int64_t find_below(const Stream& stream, uint32_t group, int64_t count, uint32_t
         find(rows.second);
     }
     return found;
-}
-
-template <Storage storage>
-F load_vector(const unsigned char* param, const unsigned char* residual) {
-    if constexpr (storage == Storage::fp32) {
-        return Simd::as_float(Simd::load_i(param));
-    } else if constexpr (storage == Storage::fp16) {
-        return Simd::load_fp16(param);
-    } else if constexpr (storage == Storage::fp16_split) {
-        return Simd::fma(Simd::load_fp16(residual), Simd::set(0x1p-11f), Simd::load_fp16(param));
-    } else {
-        I bits = Simd::template shl<16>(Simd::load_u16(param));
-        if constexpr (storage == Storage::bf16_split16) {
-            const I high = Simd::template shl<16>(Simd::load_u16(residual));
-            bits = Simd::add_i(bits, Simd::template sar<16>(high));
-        } else if constexpr (storage == Storage::bf16_split8) {
-            const I high = Simd::template shl<24>(Simd::load_u8(residual));
-            bits = Simd::add_i(bits, Simd::template sar<16>(high));
-        }
-        return Simd::as_float(bits);
-    }
-}
-
-// Infinities and NaN lose nothing but a NaN's payload in bfloat16; a carry must not change them.
-template <bool nearest_even>
-I to_bf16_bits(I bits, Simd::Mask special) {
-    I rounding = Simd::set_i(0x8000u);
-    if constexpr (nearest_even) {
-        const I last = Simd::and_i(Simd::template shr<16>(bits), Simd::set_i(1));
-        rounding = Simd::add_i(Simd::set_i(0x7FFFu), last);
-    }
-    const I rounded = Simd::template shr<16>(Simd::add_i(bits, rounding));
-    const I mantissa = Simd::and_i(bits, Simd::set_i(0x007FFFFFu));
-    const I quiet = Simd::select(Simd::nonzero(mantissa), Simd::set_i(0x40u), Simd::set_i(0));
-    return Simd::select(special, Simd::or_i(Simd::template shr<16>(bits), quiet), rounded);
 }
 
 // Of a number from 0 to 2^22: 2^23 rounds it, and where that was upwards it is one less.
@@ -308,45 +439,6 @@ void round_values(const unsigned char* random, int64_t n, float* values) {
     for (int64_t j = 0; j < n; j += Simd::kWidth) {
         const I halves = Simd::load_u16(random + 2 * j);
         Simd::store(values + j, round_by<storage>(halves, Simd::load(values + j)));
-    }
-}
-
-template <Storage storage>
-void store_vector(unsigned char* param, unsigned char* residual, F value) {
-    if constexpr (storage == Storage::fp32) {
-        Simd::store_i(param, Simd::as_int(value));
-    } else if constexpr (storage == Storage::fp16) {
-        Simd::store_fp16(param, value);
-    } else if constexpr (storage == Storage::fp16_split) {
-        const F rounded = Simd::round_to_fp16(value);
-        const I exponent = Simd::set_i(0x7F800000u);
-        const auto special = Simd::equal(Simd::and_i(Simd::as_int(rounded), exponent), exponent);
-        const F rest = Simd::mul(Simd::sub(value, rounded), Simd::set(0x1p11f));
-        Simd::store_fp16(param, value);
-        Simd::store_fp16(residual,
-                         Simd::as_float(Simd::select(special, Simd::set_i(0), Simd::as_int(rest))));
-    } else {
-        I bits = Simd::as_int(value);
-        const I exponent = Simd::set_i(0x7F800000u);
-        const auto special = Simd::equal(Simd::and_i(bits, exponent), exponent);
-        if constexpr (storage == Storage::bf16) {
-            Simd::store_u16(param, to_bf16_bits<true>(bits, special));
-        } else {
-            if constexpr (storage == Storage::bf16_split8) {
-                const I nearest =
-                    Simd::and_i(Simd::add_i(bits, Simd::set_i(0x80u)), Simd::set_i(0xFFFFFF00u));
-                bits = Simd::select(special, bits, nearest);
-            }
-            const I high = to_bf16_bits<false>(bits, special);
-            const I difference = Simd::sub_i(bits, Simd::template shl<16>(high));
-            const I rest = Simd::select(special, Simd::set_i(0), difference);
-            Simd::store_u16(param, high);
-            if constexpr (storage == Storage::bf16_split8) {
-                Simd::store_u8(residual, Simd::template shr<8>(rest));
-            } else {
-                Simd::store_u16(residual, rest);
-            }
-        }
     }
 }
 
