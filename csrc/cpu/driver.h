@@ -271,19 +271,20 @@ void sweep(const Directions& d, const SweepTensor& tensor, int64_t begin, int64_
     }
 }
 
-// Sums of every eighth element: the lanes are independent, so that a compiler makes vectors of
-// them.
+// Sums of every 32nd element: the lanes are independent, and so many that a compiler makes vectors
+// of them instead of one statement for each.
 struct Lanes {
-    static constexpr int kCount = 8;
+    static constexpr int kCount = 32;
     double high[kCount], low[kCount];
 };
 
-ZK_FN void add_lanes(Lanes& lanes, const double* terms) {
+ZK_FN void add_lanes(double* __restrict high, double* __restrict low,
+                     const double* __restrict terms) {
     for (int l = 0; l < Lanes::kCount; ++l) {
-        ExactSum sum = {lanes.high[l], lanes.low[l]};
+        ExactSum sum = {high[l], low[l]};
         add(sum, terms[l]);
-        lanes.high[l] = sum.high;
-        lanes.low[l] = sum.low;
+        high[l] = sum.high;
+        low[l] = sum.low;
     }
 }
 
@@ -298,11 +299,11 @@ void add_products(const float* v, const float* z, int64_t n, ExactProducts& sums
     double terms[lanes];
     for (int64_t j = 0; j < n; j += lanes) {
         for (int l = 0; l < lanes; ++l) terms[l] = double(v[j + l]) * double(v[j + l]);
-        add_lanes(vv, terms);
+        add_lanes(vv.high, vv.low, terms);
         for (int l = 0; l < lanes; ++l) terms[l] = double(v[j + l]) * double(z[j + l]);
-        add_lanes(vz, terms);
+        add_lanes(vz.high, vz.low, terms);
         for (int l = 0; l < lanes; ++l) terms[l] = double(z[j + l]) * double(z[j + l]);
-        add_lanes(zz, terms);
+        add_lanes(zz.high, zz.low, terms);
     }
     add(sums.vv, vv);
     add(sums.vz, vz);

@@ -82,7 +82,7 @@ void add_magnitudes(const float* values, int64_t n, Lanes& lanes) {
     double terms[Lanes::kCount];
     for (int64_t j = 0; j < n; j += Lanes::kCount) {
         for (int l = 0; l < Lanes::kCount; ++l) terms[l] = __builtin_fabs(double(values[j + l]));
-        add_lanes(lanes, terms);
+        add_lanes(lanes.high, lanes.low, terms);
     }
 }
 
