@@ -19,7 +19,7 @@ GROUP_TIMEOUT = 30
 
 # Its processes are forked from one that has imported torch.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["pytest", "tests.ranks", "tests.zo"])
+context.set_forkserver_preload(["pytest", "torch._dynamo", "tests.ranks", "tests.zo"])
 
 
 def run(function: Callable, size: int, folder: Path, *arguments: Any) -> list[Any]:

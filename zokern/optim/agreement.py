@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from zokern.optim.base import ZOOptimizer
     from zokern.optim.steps import OpenStep
 
-HYPER_PARAMETERS = ("lr", "weight_decay", "momentum", "maximize")
+NUMBERS = ("lr", "weight_decay", "momentum")
 
 
 def agree(optimizer: ZOOptimizer, seed: int | None, *, records: bool) -> tuple[int, bool]:
@@ -70,7 +70,9 @@ def _hyper_parameters(optimizer: ZOOptimizer) -> dict[str, Any]:
     settings = {key: optimizer.run[key] for key in optimizer._run_defaults}
     for i, group in enumerate(groups):
         where = f" of group {i}" if len(groups) > 1 else ""
-        settings |= {f"{key}{where}": float32(float(group[key])) for key in HYPER_PARAMETERS}
+        settings[f"maximize{where}"] = bool(group["maximize"])
+        # In all digits that a float32 has, as which they are used.
+        settings |= {f"{key}{where}": f"{float32(float(group[key])):.9g}" for key in NUMBERS}
     return settings
 
 
