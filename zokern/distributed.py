@@ -36,12 +36,10 @@ class Ranks:
             ``population``: each rank has those of its share of the points.
 
     Raises:
-        TypeError, ValueError: for what is no process group, or one that this process is not in.
+        TypeError: for what is no process group that this process is in.
     """
 
     def __init__(self, process_group: Any = None, parallel: str = "data") -> None:
-        if parallel not in ("data", "population"):
-            raise ValueError(f"parallel must be 'data' or 'population', not {parallel!r}")
         if process_group is not None and not (
             dist.is_available() and isinstance(process_group, dist.ProcessGroup)
         ):

@@ -96,6 +96,8 @@ class ZOOptimizer(ZOState):
         with self._ranks.together("the construction of an optimizer"):
             if module is not None and not isinstance(module, nn.Module):
                 raise TypeError(f"module must be an nn.Module, not {type(module).__name__}")
+            if parallel not in ("data", "population"):
+                raise ValueError(f"parallel must be 'data' or 'population', not {parallel!r}")
             self.last: StepResult | None = None
             choice = choose(
                 precision, layerwise, stochastic_rounding, module=module, fuse_next=bool(fuse_next)
@@ -190,6 +192,7 @@ class ZOOptimizer(ZOState):
         """Move the weights to each point at which the step wants the loss, one after the other.
 
         Follow it by :meth:`tell` with a loss for each point, or by :meth:`flush` to drop the step.
+        With ``parallel="population"`` these are the points that this rank evaluates.
         Parameters with ``requires_grad=False`` are frozen and stand still.
 
         Raises:
@@ -301,14 +304,15 @@ class ZOOptimizer(ZOState):
         """Take the losses of the points that :meth:`ask` gave, in their order, and update.
 
         A loss that is NaN or infinite skips the update: the weights come to rest, the run goes on
-        with the next draws, ``skipped`` in the param groups counts it.
+        with the next draws, ``skipped`` in the param groups counts it. With a process group it
+        waits for the losses of all ranks.
 
         Returns:
             What the step did, also kept as ``last``; None where the method wants another round of
             ask and tell first.
 
         Raises:
-            RuntimeError: without an :meth:`ask` before.
+            RuntimeError: without an :meth:`ask` before; on every rank, where their settings differ.
             TypeError, ValueError: if there is not one float32 scalar for each point; the step
                 stays open.
         """
@@ -424,6 +428,7 @@ class ZOOptimizer(ZOState):
             TypeError: without a closure, or for a loss that is no scalar or in half precision.
             Whatever the closure raises, Ctrl-C too: the weights are brought back to rest first, and
             the run stands where it stood before the step.
+            RuntimeError: where the closure of another rank raises, naming both; then too.
         """
         if not callable(closure):
             raise TypeError(
