@@ -371,16 +371,28 @@ def telling() -> dict[str, Any]:
     model, opt = make(("mezo", "float32"), samples=40, process_group=world())
     opt.step(lambda: loss_of_part(model, dist.get_rank(), 3))
     found["many"] = opt.last.losses
+
+    part = dist.new_group([0, 2])
+    if dist.get_rank() == 1:
+        found["not in it"] = error_of(lambda: make(("mezo", "float32"), process_group=part))
+        return found
+    model, opt = make(("mezo", "float32"), process_group=part)
+    opt.step(lambda: float(dist.get_rank()))
+    opt.assert_in_sync()
+    found["some ranks"] = opt.last.losses
     return found
 
 
-def test_ask_and_tell_of_a_share_and_more_losses_than_a_message_holds(tmp_path):
+def test_ask_and_tell_of_a_share_long_messages_and_groups_of_some_ranks(tmp_path):
     model, opt = make(("gv", "float32"))
     opt.step(zo.loss_of(model))
     other, many = make(("mezo", "float32"), samples=40)
     a, b, c = (lambda rank=rank: loss_of_part(other, rank, 3) for rank in range(3))
     many.step(lambda: (a() + b() + c()) / 3)
-    for rank, found in enumerate(ranks.run(telling, 3, tmp_path)):
+    of_ranks = ranks.run(telling, 3, tmp_path)
+    assert "a torch.distributed.ProcessGroup that this process is in" in of_ranks[1]["not in it"]
+    assert of_ranks[0]["some ranks"] == of_ranks[2]["some ranks"] == (1.0, 1.0)
+    for rank, found in enumerate(of_ranks):
         assert found["share"] == (2, 1, 1)[rank]
         assert f"got {found['share'] + 1} losses for {found['share']} points" in found["too many"]
         assert zo.same(found["weights"], zo.weights(model))
