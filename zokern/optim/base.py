@@ -4,13 +4,17 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypedDict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from zokern.distributed import Ranks
+from zokern.optim import agreement
 from zokern.optim.displacement import Coefficients, Displacement, Member
-from zokern.optim.interrupts import uninterrupted
+from zokern.optim.interrupts import Postponed, uninterrupted
 from zokern.optim.layerwise import LayerwiseDisplacement
 from zokern.optim.losses import EqualLosses, Loss, as_float
 from zokern.optim.parameters import named
@@ -50,6 +54,8 @@ class CommonArguments(TypedDict, total=False):
     common_random_numbers: bool
     module: nn.Module | None
     trajectory: Trajectory | None
+    process_group: dist.ProcessGroup | None
+    parallel: str
 
 
 class ZOOptimizer(ZOState):
@@ -58,6 +64,9 @@ class ZOOptimizer(ZOState):
     What a method adds of its own goes into the param groups: ``settings``, given to the
     constructor, and ``STATE``, which its estimates change from step to step.
     """
+
+    # By rank 0, if there are several.
+    _is_recorded = False
 
     def __init__(
         self,
@@ -79,57 +88,66 @@ class ZOOptimizer(ZOState):
         common_random_numbers: bool = True,
         module: nn.Module | None = None,
         trajectory: Trajectory | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        parallel: str = "data",
         settings: dict[str, Any] | None = None,
     ) -> None:
-        if module is not None and not isinstance(module, nn.Module):
-            raise TypeError(f"module must be an nn.Module, not {type(module).__name__}")
-        self.last: StepResult | None = None
-        choice = choose(
-            precision, layerwise, stochastic_rounding, module=module, fuse_next=bool(fuse_next)
-        )
-        self._displacement = Displacement()
-        if choice.layerwise and module is not None:
-            self._displacement = LayerwiseDisplacement(module)
-        self._versions = Versions()
-        self._open: OpenStep | None = None
-        self._recorder = Recorder(trajectory)
-        self._equal_losses = EqualLosses()
-        self._warned: set[str] = set()
-        self._run_defaults: dict[str, Any] = {
-            **run_settings(
-                eps=eps,
-                samples=samples,
-                seed=seed,
-                law=law,
-                precision=choice.precision,
-                layerwise=choice.layerwise,
-                stochastic_rounding=choice.stochastic_rounding,
-                fuse_next=fuse_next,
-                sign=sign,
-                common_random_numbers=common_random_numbers,
-            ),
-            # A state is of one method.
-            "method": type(self).__name__,
-            **(settings or {}),
-            **self.STATE,
-        }
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "maximize": bool(maximize),
-        }
-        super().__init__(params, defaults)
-        held = [tensor for state in self.state.values() for tensor in state.values()]
-        params = [param for _, param in named(self.param_groups)]
-        if stochastic_rounding and all(param.dtype == torch.float32 for param in params):
-            raise ValueError(
-                "stochastic_rounding=True is for weights in half precision; float32 is stored as "
-                "it is computed"
+        self._ranks = Ranks(process_group, parallel)
+        with self._ranks.together("the construction of an optimizer"):
+            if module is not None and not isinstance(module, nn.Module):
+                raise TypeError(f"module must be an nn.Module, not {type(module).__name__}")
+            if parallel not in ("data", "population"):
+                raise ValueError(f"parallel must be 'data' or 'population', not {parallel!r}")
+            self.last: StepResult | None = None
+            choice = choose(
+                precision, layerwise, stochastic_rounding, module=module, fuse_next=bool(fuse_next)
             )
-        log_memory(type(self).__name__, str(choice), params, held)
-        if module is not None and fuse_next:
-            module.register_state_dict_pre_hook(_FlushBefore(self))
+            self._displacement = Displacement()
+            if choice.layerwise and module is not None:
+                self._displacement = LayerwiseDisplacement(module)
+            self._versions = Versions()
+            self._open: OpenStep | None = None
+            self._recorder = Recorder(trajectory if self._ranks.rank == 0 else None)
+            self._equal_losses = EqualLosses()
+            self._warned: set[str] = set()
+            self._run_defaults: dict[str, Any] = {
+                **run_settings(
+                    eps=eps,
+                    samples=samples,
+                    seed=seed,
+                    law=law,
+                    precision=choice.precision,
+                    layerwise=choice.layerwise,
+                    stochastic_rounding=choice.stochastic_rounding,
+                    fuse_next=fuse_next,
+                    sign=sign,
+                    common_random_numbers=common_random_numbers,
+                ),
+                # A state is of one method.
+                "method": type(self).__name__,
+                **(settings or {}),
+                **self.STATE,
+            }
+            defaults = {
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "momentum": momentum,
+                "maximize": bool(maximize),
+            }
+            super().__init__(params, defaults)
+            held = [tensor for state in self.state.values() for tensor in state.values()]
+            params = [param for _, param in named(self.param_groups)]
+            if stochastic_rounding and all(param.dtype == torch.float32 for param in params):
+                raise ValueError(
+                    "stochastic_rounding=True is for weights in half precision; float32 is stored "
+                    "as it is computed"
+                )
+            log_memory(type(self).__name__, str(choice), params, held)
+            if module is not None and fuse_next:
+                module.register_state_dict_pre_hook(_FlushBefore(self))
+        run_seed, self._is_recorded = agreement.agree(self, seed, records=trajectory is not None)
+        self._run_defaults["seed"] = run_seed
+        self._update_run(seed=run_seed)
 
     def _method(self, step: OpenStep) -> Method:
         """One step, written as a generator.
@@ -174,6 +192,7 @@ class ZOOptimizer(ZOState):
         """Move the weights to each point at which the step wants the loss, one after the other.
 
         Follow it by :meth:`tell` with a loss for each point, or by :meth:`flush` to drop the step.
+        With ``parallel="population"`` these are the points that this rank evaluates.
         Parameters with ``requires_grad=False`` are frozen and stand still.
 
         Raises:
@@ -188,6 +207,7 @@ class ZOOptimizer(ZOState):
         return self._visit(self._open, self._open.round)
 
     def _begin(self) -> OpenStep:
+        from_rest = self._displacement.at_rest
         self._check_untouched()
         members = self._members()
         if not members:
@@ -201,7 +221,24 @@ class ZOOptimizer(ZOState):
             self._warn_of_a_lost_probe(members)
         with uninterrupted():
             self._recorder.attach(self)
-        return self._new_step()
+        step = self._new_step()
+        step.from_rest = from_rest or self._displacement.is_beside_rest
+        return step
+
+    def assert_in_sync(self) -> None:
+        """Compare weights, and what is kept beside them, with the other ranks', bit for bit.
+
+        All ranks must call it. The weights are brought to rest first; 8 bytes a tensor travel.
+
+        Raises:
+            RuntimeError: on every rank, naming the ranks that have drifted from most others (from
+                rank 0, where there is no majority) and the first parameter that they differ in.
+        """
+        with self._ranks.together("assert_in_sync"):
+            self.flush()
+        found = agreement.drift(self)
+        if found:
+            raise RuntimeError(found)
 
     def probe_fidelity(self) -> float:
         """The cosine between the perturbation that the forward pass sees and the intended ε·z.
@@ -249,12 +286,16 @@ class ZOOptimizer(ZOState):
         return step.round[0]
 
     def _visit(self, step: OpenStep, points: list[Coefficients]) -> Iterator[Move]:
-        for coefficients in points:
+        for i, coefficients in enumerate(points):
             if self._open is not step or step.round is not points:
                 raise RuntimeError("the step of this ask is over: its losses were told, or dropped")
             self._check_untouched()
-            self._move(coefficients)
+            is_own = self._ranks.has(i, len(points))
+            if is_own or not self._displacement.is_beside_rest:
+                self._move(coefficients)
             step.visited += 1
+            if not is_own:
+                continue
             made = self._displacement.from_rest(coefficients)
             assert made is not None
             yield Move(*made, self.run["seed"], self.run["law"])
@@ -263,17 +304,21 @@ class ZOOptimizer(ZOState):
         """Take the losses of the points that :meth:`ask` gave, in their order, and update.
 
         A loss that is NaN or infinite skips the update: the weights come to rest, the run goes on
-        with the next draws, ``skipped`` in the param groups counts it.
+        with the next draws, ``skipped`` in the param groups counts it. With a process group it
+        waits for the losses of all ranks.
 
         Returns:
             What the step did, also kept as ``last``; None where the method wants another round of
             ask and tell first.
 
         Raises:
-            RuntimeError: without an :meth:`ask` before.
+            RuntimeError: without an :meth:`ask` before; on every rank, where their settings differ.
             TypeError, ValueError: if there is not one float32 scalar for each point; the step
                 stays open.
         """
+        return self._take(self._told(losses))
+
+    def _told(self, losses: Sequence[Loss]) -> list[float]:
         if self._open is None or not self._open.asked:
             raise RuntimeError("tell follows ask: no step is open")
         points = len(self._open.round)
@@ -282,10 +327,27 @@ class ZOOptimizer(ZOState):
                 f"tell needs the losses of all {points} points, and the weights have been at "
                 f"{self._open.visited} of them: go through ask() to its end"
             )
-        if len(losses) != points:
-            raise ValueError(f"got {len(losses)} losses for {points} points")
+        own = sum(self._ranks.has(i, points) for i in range(points))
+        if len(losses) != own:
+            raise ValueError(f"got {len(losses)} losses for {own} points")
         self._check_untouched()
-        values = [as_float(loss) for loss in losses]
+        return [as_float(loss) for loss in losses]
+
+    def _take(self, own: list[float]) -> StepResult | None:
+        """Losses that have been checked, as the run's: those of all ranks."""
+        step = self._open
+        assert step is not None
+        with uninterrupted():
+            try:
+                settings = {} if self._ranks.is_alone else agreement.of_step(self, step)
+                values = self._ranks.losses(own, len(step.round), settings)
+            except BaseException:
+                self._drop_step()
+                self._rest_untouched()
+                raise
+            return self._use(step, values)
+
+    def _use(self, step: OpenStep, values: list[float]) -> StepResult | None:
         if self._equal_losses.seen(values):
             self._warn_once("equal", EqualLosses.WARNING)
         if not all(math.isfinite(value) for value in values):
@@ -295,9 +357,15 @@ class ZOOptimizer(ZOState):
                 "as it will be whenever this happens (the param groups count them in 'skipped')"
                 + (_READ_UNNOTICED if self.run["layerwise"] else ""),
             )
-            return self._finish(self._open, Estimate({}, values), skipped=True)
-        estimate = self._open.send(values)
-        return None if estimate is None else self._finish(self._open, estimate, skipped=False)
+            return self._finish(step, Estimate({}, values), skipped=True)
+        estimate = step.send(values)
+        return None if estimate is None else self._finish(step, estimate, skipped=False)
+
+    def _recording(self) -> AbstractContextManager:
+        """A step that rank 0 cannot record is not made on the others either."""
+        if self._is_recorded:
+            return self._ranks.together("the record of a step")
+        return nullcontext()
 
     def _finish(self, step: OpenStep, estimate: Estimate, *, skipped: bool) -> StepResult:
         before = {key: self.run[key] for key in (*COUNTERS, *self.STATE)}
@@ -315,7 +383,8 @@ class ZOOptimizer(ZOState):
         with uninterrupted():
             recorded = False
             try:
-                self._recorder.append(self, gradient)
+                with self._recording():
+                    self._recorder.append(self, gradient)
                 recorded = True
                 self._update_run(
                     step=before["step"] + 1,
@@ -359,6 +428,7 @@ class ZOOptimizer(ZOState):
             TypeError: without a closure, or for a loss that is no scalar or in half precision.
             Whatever the closure raises, Ctrl-C too: the weights are brought back to rest first, and
             the run stands where it stood before the step.
+            RuntimeError: where the closure of another rank raises, naming both; then too.
         """
         if not callable(closure):
             raise TypeError(
@@ -367,18 +437,10 @@ class ZOOptimizer(ZOState):
         if self._open is not None:
             raise RuntimeError("a step is open: tell its losses first, or flush() to drop it")
         try:
-            result, random_state = None, None
-            while result is None:
-                losses = []
-                for _ in self.ask():
-                    if random_state is not None:
-                        random_state.restore()
-                    elif self.run["common_random_numbers"]:
-                        random_state = RandomState(
-                            {m.param.device for m in self._displacement.members}
-                        )
-                    losses.append(as_float(self._evaluate(closure)))
-                result = self.tell(losses)
+            with Postponed(not self._ranks.is_alone) as interrupts:
+                result = None
+                while result is None:
+                    result = self._take(self._losses(closure, interrupts))
         except BaseException:
             if self._open is not None:
                 self._drop_step()
@@ -386,12 +448,46 @@ class ZOOptimizer(ZOState):
             raise
         return torch.tensor(result.loss)
 
+    def _losses(self, closure: Callable[[], Loss], interrupts: Postponed) -> list[float]:
+        """Of this rank's points in a round; if there are none after all, the others are told."""
+        losses = []
+        try:
+            points = self.ask()
+            try:
+                for _ in points:
+                    self._set_randomness()
+                    with interrupts.let_through():
+                        losses.append(as_float(self._evaluate(closure)))
+                interrupts.now()
+            except BaseException:
+                self._follow_the_others(points)
+                raise
+            return self._told(losses)
+        except BaseException as error:
+            self._ranks.fail(error)
+            raise
+
     def _evaluate(self, closure: Callable[[], Loss]) -> Loss:
         self._evaluating = True
         try:
             return closure()
         finally:
             self._evaluating = False
+
+    def _set_randomness(self) -> None:
+        assert self._open is not None
+        if self._open.random_state is not None:
+            self._open.random_state.restore()
+        elif self.run["common_random_numbers"]:
+            devices = {member.param.device for member in self._displacement.members}
+            self._open.random_state = RandomState(devices)
+
+    def _follow_the_others(self, points: Iterator[Move]) -> None:
+        """To the end of a round that cannot be used: rounding depends on the way to rest."""
+        if not self._ranks.is_alone:
+            with suppress(Exception):
+                for _ in points:
+                    pass
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:

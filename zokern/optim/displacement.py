@@ -101,6 +101,12 @@ class Displacement:
     def at_rest(self) -> bool:
         return not self.coefficients
 
+    @property
+    def is_beside_rest(self) -> bool:
+        """Whether the values at rest are kept elsewhere, so that it does not matter which way the
+        weights have gone."""
+        return self.members[0].master is not None
+
     def fresh(self) -> "Displacement":
         """Another one, of weights that nobody has moved yet."""
         return Displacement()

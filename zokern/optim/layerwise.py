@@ -79,6 +79,10 @@ class LayerwiseDisplacement(Displacement):
         # What views of the same layers have in common.
         self._sweepers: dict[Hashable, ops.Sweeper] = {}
 
+    @property
+    def is_beside_rest(self) -> bool:
+        return True
+
     def fresh(self) -> "LayerwiseDisplacement":
         return LayerwiseDisplacement(self.module)
 

@@ -53,7 +53,13 @@ class MeZO(ZOOptimizer):
             generators; see :meth:`step`.
         module: the module that is trained, for ``layerwise``; with ``fuse_next`` its ``state_dict``
             flushes first.
-        trajectory: a :class:`zokern.Trajectory` that records each step.
+        trajectory: a :class:`zokern.Trajectory` that records each step; of several ranks, rank 0's.
+        process_group: the ranks that make the run together, a group of ``torch.distributed``: they
+            exchange losses, and each makes the same update of its own copy of the weights. None:
+            this process alone. See docs/distributed.md.
+        parallel: ``data``: each rank evaluates all points on a batch of its own, and the loss is
+            the mean over ranks. ``population``: each evaluates its share of the points; all must
+            see the same batch.
 
     Example::
 
@@ -62,7 +68,7 @@ class MeZO(ZOOptimizer):
 
     Raises:
         ValueError, TypeError: for an argument out of range, or a parameter that cannot be moved in
-            place, naming it.
+            place, naming it; on every rank, if they were given different arguments.
     """
 
     def _method(self, step: OpenStep) -> Method:

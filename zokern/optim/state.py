@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zokern.distributed import Ranks
 from zokern.optim.displacement import Coefficients, Displacement, Expansion, Member, Step
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.losses import EqualLosses
@@ -37,6 +38,7 @@ class ZOState(Optimizer):
     _versions: Versions
     _open: OpenStep | None
     _recorder: Recorder
+    _ranks: Ranks
     _equal_losses: EqualLosses
     _warned: set[str]
     _run_defaults: dict[str, Any]
@@ -313,7 +315,7 @@ class ZOState(Optimizer):
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_displacement", "_run_defaults", "last")
+        kept = ("_displacement", "_ranks", "_run_defaults", "last")
         return super().__getstate__() | {key: self.__dict__[key] for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

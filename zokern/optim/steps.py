@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zokern.optim.displacement import Coefficients
+from zokern.optim.randomness import RandomState
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ class OpenStep:
         self.asked = False
         # The points of the round that the weights have been moved to.
         self.visited = 0
+        # Whether the weights stood at rest before it.
+        self.from_rest = True
+        # That of its first evaluation.
+        self.random_state: RandomState | None = None
         self._method = method(self)
         self.round = next(self._method)
 

@@ -1,0 +1,92 @@
+"""Runs a function in several processes that are the ranks of a gloo group."""
+
+import multiprocessing
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# In seconds.
+TIMEOUT = 60
+GROUP_TIMEOUT = 30
+
+# Its processes are forked from one that has imported torch.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["pytest", "torch._dynamo", "tests.ranks", "tests.zo"])
+
+
+def run(function: Callable, size: int, folder: Path, *arguments: Any) -> list[Any]:
+    """What ``function(*arguments)`` returns on each rank.
+
+    Raises:
+        AssertionError: with the traceback of the first rank that raises, or where one is killed or
+            does not end in time.
+    """
+    answers = start(function, size, folder, *arguments)
+    failed = [answer for kind, answer in answers if kind != "returned"]
+    assert not failed, failed[0]
+    return [answer for _, answer in answers]
+
+
+def start(function: Callable, size: int, folder: Path, *arguments: Any) -> list[tuple[str, Any]]:
+    """For each rank "returned" and what, "raised" and the traceback, or "died" and its status."""
+    # Another group must not find the file of one before.
+    file = folder / f"group-{time.monotonic_ns()}"
+    pipes = [context.Pipe(duplex=False) for _ in range(size)]
+    processes = [
+        context.Process(target=_main, args=(function, rank, size, file, writer, arguments))
+        for rank, (_, writer) in enumerate(pipes)
+    ]
+    try:
+        for process, (_, writer) in zip(processes, pipes, strict=True):
+            process.start()
+            writer.close()
+        return _collect([reader for reader, _ in pipes], processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(readers: list[Connection], processes: list) -> list[tuple[str, Any]]:
+    deadline = time.monotonic() + TIMEOUT
+    answers: dict[int, tuple[str, Any]] = {}
+    while len(answers) < len(readers):
+        left = [reader for i, reader in enumerate(readers) if i not in answers]
+        ready = wait(left, max(0.0, deadline - time.monotonic()))
+        assert ready, f"only {sorted(answers)} of {len(readers)} ranks ended within {TIMEOUT} s"
+        for reader in ready:
+            i = readers.index(reader)
+            try:
+                answers[i] = pickle.loads(reader.recv_bytes())
+            except EOFError:
+                processes[i].join()
+                answers[i] = "died", processes[i].exitcode
+    return [answers[i] for i in range(len(readers))]
+
+
+def _main(
+    function: Callable, rank: int, size: int, file: Path, writer: Connection, arguments: tuple
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{file}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=GROUP_TIMEOUT),
+    )
+    try:
+        answer = "returned", function(*arguments)
+    except BaseException:
+        answer = "raised", traceback.format_exc()
+    # Connections of torch would share the memory of tensors, which ends with the process.
+    writer.send_bytes(pickle.dumps(answer))
+    dist.destroy_process_group()
