@@ -6,6 +6,7 @@
 # make align   align a small language model by DPO, IPO and KTO, and see what it forgets
 #              (five to fifteen minutes on two cores)
 # make bench   the benchmarks
+# make audit   what the GPU kernels' machine code costs, with no GPU (a few minutes)
 # make wheel   a wheel in dist/
 # make format  format the sources
 #
@@ -20,7 +21,7 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test check demo compare precisions zopro align bench wheel format clean
+.PHONY: test check demo compare precisions zopro align bench audit wheel format clean
 
 test: check $(VENV)/test
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -48,6 +49,9 @@ precisions: $(VENV)/examples
 
 bench: $(VENV)/bench
 	$(BIN)/python -m pytest benchmarks
+
+audit: $(VENV)/test
+	$(BIN)/python -m benchmarks.audit
 
 wheel: $(VENV)/torch
 	$(BIN)/pip wheel --no-deps -w dist .
