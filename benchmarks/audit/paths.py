@@ -4,7 +4,7 @@ A kernel's hot loop has branches for tails, types and methods. Which of them a c
 its work: for each octet (eight parameters) the vectors that are loaded and stored, the weighted
 sums of bytes and the groups of random words. Any other load or store of global memory is not on the
 path: neither a narrow one nor one of an operand that the case does not have. One under a predicate
-takes its slot, but its work is that of another case.
+takes its slot, and may do its work or not.
 """
 
 import heapq
@@ -50,29 +50,24 @@ class Path:
         return len(self.instructions) / (8 * self.octets)
 
 
-class _Counter:
-    """Counts a block's work, in the order of the fields of Work; None where it has other work."""
-
-    def __init__(self, function: Function) -> None:
-        self.of = [self._count(block) for block in function.blocks]
-
-    @staticmethod
-    def _count(block: Block) -> tuple[int, ...] | None:
-        counts = [0] * 6
-        for instruction in block.instructions:
-            opcode = instruction.opcode
-            if instruction.is_a("CALL", "BRX"):
-                return None
-            if instruction.is_a("LDG", "STG") and not instruction.guard:
-                width = next((i for i, w in enumerate((".128", ".64")) if w in opcode), None)
-                if width is None:
-                    return None
+def _work_of(block: Block, predicate: bool) -> tuple[int, ...] | None:
+    """A block's work, in the order of the fields of Work; None where it has other work."""
+    counts = [0] * 6
+    for instruction in block.instructions:
+        opcode = instruction.opcode
+        if instruction.is_a("CALL", "BRX"):
+            return None
+        if instruction.is_a("LDG", "STG") and (predicate or not instruction.guard):
+            width = next((i for i, w in enumerate((".128", ".64")) if w in opcode), None)
+            if width is not None:
                 counts[2 * (opcode[0] == "S") + width] += 1
-            elif opcode.startswith("IDP.4A"):
-                counts[4] += 1
-            elif re.match(r"IMAD\.(WIDE|HI)\.U32", opcode):
-                counts[5] += 1
-        return tuple(counts)
+            elif not instruction.guard:
+                return None
+        elif opcode.startswith("IDP.4A"):
+            counts[4] += 1
+        elif re.match(r"IMAD\.(WIDE|HI)\.U32", opcode):
+            counts[5] += 1
+    return tuple(counts)
 
 
 def main_path(function: Function, work: Work, *, apart: bool | None = None) -> Path:
@@ -84,11 +79,11 @@ def main_path(function: Function, work: Work, *, apart: bool | None = None) -> P
     Raises:
         LookupError: there is none.
     """
-    counter = _Counter(function)
+    done_by = [{_work_of(block, True), _work_of(block, False)} for block in function.blocks]
     found = []
     for header, body in function.loops:
         for octets in OCTETS:
-            blocks = _cheapest(function, counter, header, body, work.times(octets))
+            blocks = _cheapest(function, done_by, header, body, work.times(octets))
             if blocks is not None:
                 instructions = tuple(i for b in blocks for i in function.blocks[b].instructions)
                 if apart is None or _stores_apart(instructions) == apart:
@@ -99,7 +94,7 @@ def main_path(function: Function, work: Work, *, apart: bool | None = None) -> P
     return min(found, key=lambda path: path.slots)
 
 
-def _cheapest(function: Function, counter: _Counter, header: int, body: frozenset[int],
+def _cheapest(function: Function, done_by: list[set], header: int, body: frozenset[int],
               work: Work) -> list[int] | None:  # fmt: skip
     """Dijkstra's search over (block, work done so far), from the header back to it."""
     *exact, groups = astuple(work)
@@ -115,18 +110,18 @@ def _cheapest(function: Function, counter: _Counter, header: int, body: frozense
         if (block, done) in seen:
             continue
         seen.add((block, done))
-        own = counter.of[block]
-        # What an inner loop does again is not the work of another octet.
-        if own is None or (any(own[:4]) and block in _blocks_of(trail)):
-            continue
-        total = tuple(a + b for a, b in zip(done, own, strict=True))
-        if any(a > b for a, b in zip(total, exact, strict=False)):
-            continue
-        total = (*total[:5], min(total[5], enough))
         cost += len(function.blocks[block].instructions)
-        for successor in function.blocks[block].successors:
-            if successor in body:
-                heapq.heappush(waiting, (cost, successor, total, (block, trail)))
+        for own in done_by[block]:
+            # What an inner loop does again is not the work of another octet.
+            if own is None or (any(own[:4]) and block in _blocks_of(trail)):
+                continue
+            total = tuple(a + b for a, b in zip(done, own, strict=True))
+            if any(a > b for a, b in zip(total, exact, strict=False)):
+                continue
+            total = (*total[:5], min(total[5], enough))
+            for successor in function.blocks[block].successors:
+                if successor in body:
+                    heapq.heappush(waiting, (cost, successor, total, (block, trail)))
     return None
 
 

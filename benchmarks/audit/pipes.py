@@ -84,10 +84,11 @@ def cycles(counts: Counter[str], moved: Counter[int]) -> dict[str, float]:
 
 
 def widths(instructions: Iterable[Instruction], *kinds: str) -> Counter[int]:
-    """How many loads and stores of each width in bytes."""
+    """How many loads and stores of each width in bytes, but for narrow ones under a predicate."""
     counts: Counter[int] = Counter()
     for instruction in instructions:
-        if instruction.is_a(*kinds):
+        narrow = ".128" not in instruction.opcode
+        if instruction.is_a(*kinds) and not (instruction.guard and narrow):
             parts = instruction.opcode.split(".")
             counts[next((n for part, n in _SIZES.items() if part in parts), 4)] += 1
     return counts

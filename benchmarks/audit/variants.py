@@ -69,8 +69,8 @@ def _sweep(storage: str = "bf16", law: str = "gauss16", k: int = 1, apart: bool 
 
 
 def _update(form: str, reads: tuple[int, ...], writes: tuple[int, ...], storage: str = "bf16",
-            groups: int = 1) -> Variant:  # fmt: skip
-    return Variant(form, reads, writes, sums=8, groups=groups, storage=storage, backends=("cuda",))
+            **noise: int) -> Variant:  # fmt: skip
+    return Variant(form, reads, writes, storage=storage, **(NOISE["gauss16"] | noise))
 
 
 # bf16 parameters, gradients and τ, float32 moments.
@@ -92,7 +92,8 @@ VARIANTS = {
     "sweep-rademacher": _sweep(law="rademacher"),
     "sweep-normal": _sweep(law="normal"),
     "round-bf16": _update("round", (2,), (2,), groups=2),
-    "round-split8": _update("round", (2, 1), (2, 1), "split8", groups=2),
+    # DP4A adds random bytes, too.
+    "round-split8": _update("round", (2, 1), (2, 1), "split8", sums=16, groups=2),
     "master-evaluate": _update("master-evaluate", (4,), (2,)),
     "master-update": _update("master-update", (4,), (4, 2)),
     "momentum-fp32": _update("momentum", (4, 4), (4, 4), "fp32"),
