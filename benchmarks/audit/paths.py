@@ -14,8 +14,8 @@ from dataclasses import astuple, dataclass
 
 from benchmarks.audit.sass import Block, Function, Instruction
 
-# Of a group's twenty products a few may be the same for all threads, and leave the loop.
-PRODUCTS_OF_GROUP = 17
+# Of a group's twenty products a few are the same for all threads or all draws, and leave the loop.
+PRODUCTS_OF_GROUP = 16
 # Octets for a thread in an iteration. Of a loop the fewest are right with which there is a path:
 # with more, operands that the case does not have could be taken for those of another octet.
 OCTETS = (1, 2, 4)
@@ -104,7 +104,7 @@ def _cheapest(function: Function, done_by: list[set], header: int, body: frozens
     while waiting:
         cost, block, done, trail = heapq.heappop(waiting)
         if block == header and trail:
-            if list(done[:5]) == exact and done[5] >= enough:
+            if done == (*exact, enough):
                 return _blocks_of(trail)
             continue
         if (block, done) in seen:

@@ -52,7 +52,7 @@ def examine(backend: str, name: str, variant: Variant, function: Function) -> Re
     report = Report(backend, name, bytes=variant.bytes)
     apart = variant.apart if backend == "cuda" and variant.form == "sweep" else None
     try:
-        path = main_path(function, variant.work, apart=apart)
+        path = main_path(function, variant.work(backend), apart=apart)
     except LookupError as error:
         report.problems.append(str(error))
         return report

@@ -25,7 +25,8 @@ class Variant:
     Attributes:
         form: what is launched: plain sweeps, updates, …
         reads, writes: bytes of an element, for each operand.
-        work: of random numbers.
+        sums, groups: for an octet; see :class:`benchmarks.audit.paths.Work`.
+        sums_of_rounding: more of the sums, where CUDA adds random bytes by them.
         k: directions.
         apart: a sweep out of place.
         exact: no approximate function may be used, not even as the start of an exact one.
@@ -38,6 +39,7 @@ class Variant:
     writes: tuple[int, ...]
     sums: int = 0
     groups: int = 0
+    sums_of_rounding: int = 0
     storage: str = "bf16"
     law: str = "gauss16"
     k: int = 1
@@ -46,12 +48,12 @@ class Variant:
     joins: bool = False
     backends: tuple[str, ...] = ("cuda", "triton")
 
-    @property
-    def work(self) -> Work:
+    def work(self, backend: str) -> Work:
         def vectors(sizes: tuple[int, ...]) -> tuple[int, int]:
             return sum(size // 2 for size in sizes), sum(size == 1 for size in sizes)
 
-        return Work(*vectors(self.reads), *vectors(self.writes), self.sums, self.groups)
+        sums = self.sums + (self.sums_of_rounding if backend == "cuda" else 0)
+        return Work(*vectors(self.reads), *vectors(self.writes), sums, self.groups)
 
     @property
     def bytes(self) -> int:
@@ -79,7 +81,7 @@ _MOMENTS = (2, 4, 4)
 VARIANTS = {
     "sweep-bf16": _sweep(),
     "sweep-bf16-2": _sweep(k=2),
-    "sweep-bf16-4": replace(_sweep(k=4), backends=("cuda",)),
+    "sweep-bf16-4": _sweep(k=4),
     "sweep-bf16-apart": _sweep(apart=True),
     "sweep-fp16": _sweep("fp16"),
     "sweep-fp32": _sweep("fp32"),
@@ -92,8 +94,9 @@ VARIANTS = {
     "sweep-rademacher": _sweep(law="rademacher"),
     "sweep-normal": _sweep(law="normal"),
     "round-bf16": _update("round", (2,), (2,), groups=2),
-    # DP4A adds random bytes, too.
-    "round-split8": _update("round", (2, 1), (2, 1), "split8", sums=16, groups=2),
+    "round-split8": replace(
+        _update("round", (2, 1), (2, 1), "split8", groups=2), sums_of_rounding=8
+    ),
     "master-evaluate": _update("master-evaluate", (4,), (2,)),
     "master-update": _update("master-update", (4,), (4, 2)),
     "momentum-fp32": _update("momentum", (4, 4), (4, 4), "fp32"),
@@ -112,8 +115,7 @@ def cuda_kernel(variant: Variant) -> tuple[str, str]:
     law, storage = LAWS[variant.law], STORAGES[variant.storage]
     update = f"update_globalILNS_3LawE{law}ELNS_7StorageE{storage}ELb"
     if variant.form == "sweep":
-        directions = variant.k if variant.k <= 2 else 0
-        name = f"sweep_globalILNS_3LawE{law}ELNS_7StorageE{storage}ELi{directions}E"
+        name = f"sweep_globalILNS_3LawE{law}ELNS_7StorageE{storage}ELi{variant.k}E"
         return f"sweep_{variant.law}.cu", name
     return {
         "round": ("sweep_gauss16.cu", f"{update}0"),

@@ -80,6 +80,8 @@ void with_directions(uint32_t directions, const F& f) {
             return f(Constant<1>());
         case 2:
             return f(Constant<2>());
+        case 4:
+            return f(Constant<4>());
         default:
             return f(Constant<0>());
     }
