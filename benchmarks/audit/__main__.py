@@ -1,6 +1,6 @@
 """A static audit of the GPU kernels: what their machine code costs, with no GPU.
 
-    python -m benchmarks.audit [--kernel 'sweep-*'] [--backend cuda] [--json FILE] [--update]
+    python -m benchmarks.audit [--kernel 'sweep-*'] [--backend cuda] [--markdown] [--update]
 
 Compiles the CUDA and Triton kernels for sm_90, disassembles them, follows the main path of the hot
 loop and counts its instructions for a parameter: issue slots (one instruction of one thread) and
@@ -108,6 +108,28 @@ def table(reports: list[Report], budgets: dict) -> str:
     return "\n".join(lines)
 
 
+def markdown(reports: list[Report]) -> str:
+    """The predictions, as a table of docs/performance.md."""
+    found = {(r.backend, r.name): r for r in reports if r.slots}
+    lines = ["| | bytes | slots meanwhile |", "|---|---|---|"]
+    for backend in AUDITS:
+        lines[0] += f" {backend}: slots | bound by | of a copy |"
+        lines[1] += "---|---|---|"
+    for name in dict.fromkeys(name for _, name in found):
+        own = [found.get((backend, name)) for backend in AUDITS]
+        first = next(r for r in own if r is not None)
+        line = f"| `{name}` | {first.bytes} | {first.bounds['memory']:.1f} |"
+        for r in own:
+            cells = ("", "", "") if r is None else (
+                f"{r.bounds['issue']:.1f}",
+                r.bound if r.bound in ("issue", "memory") else f"{r.bound}, {r.bounds[r.bound]:.1f}",
+                f"{r.share:.0%}",
+            )  # fmt: skip
+            line += "".join(f" {cell} |" for cell in cells)
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def update(budgets: dict, reports: list[Report]) -> None:
     """Records what was measured; the goals stay."""
     for report in reports:
@@ -122,6 +144,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernel", default="*", help="names, as a shell would match them")
     parser.add_argument("--backend", choices=AUDITS, help="one of them instead of both")
     parser.add_argument("--json", type=Path, help="write all that was found to this file")
+    parser.add_argument("--markdown", action="store_true", help="print the table of the docs")
     parser.add_argument("--update", action="store_true", help="record what was measured as budgets")
     parser.add_argument("--budgets", type=Path, default=BUDGETS, help="another file of budgets")
     parser.add_argument("--csrc", type=Path, default=CSRC, help="the CUDA sources of another tree")
@@ -159,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.write_text(json.dumps([report.as_json() for report in reports], indent=2))
     if reports:
-        print(table(reports, budgets), flush=True)
+        print(markdown(reports) if args.markdown else table(reports, budgets), flush=True)
     wrong = [
         f"{report.backend} {report.name}: {problem}"
         for report in reports
