@@ -120,11 +120,11 @@ def markdown(reports: list[Report]) -> str:
         first = next(r for r in own if r is not None)
         line = f"| `{name}` | {first.bytes} | {first.bounds['memory']:.1f} |"
         for r in own:
-            cells = ("", "", "") if r is None else (
-                f"{r.bounds['issue']:.1f}",
-                r.bound if r.bound in ("issue", "memory") else f"{r.bound}, {r.bounds[r.bound]:.1f}",
-                f"{r.share:.0%}",
-            )  # fmt: skip
+            cells = ["", "", ""]
+            if r is not None:
+                pipe = r.bound not in ("issue", "memory")
+                bound = f"{r.bound}, {r.bounds[r.bound]:.1f}" if pipe else r.bound
+                cells = [f"{r.bounds['issue']:.1f}", bound, f"{r.share:.0%}"]
             line += "".join(f" {cell} |" for cell in cells)
         lines.append(line)
     return "\n".join(lines)

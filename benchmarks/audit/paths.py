@@ -23,13 +23,15 @@ OCTETS = (1, 2, 4)
 
 @dataclass(frozen=True)
 class Work:
-    """For an octet. ``sums`` counts DP4A instructions, ``groups`` groups of four random words."""
+    """For an octet. ``sums`` counts DP4A instructions, ``atomics`` those on shared memory,
+    ``groups`` groups of four random words."""
 
     loads16: int = 0
     loads8: int = 0
     stores16: int = 0
     stores8: int = 0
     sums: int = 0
+    atomics: int = 0
     groups: int = 0
 
     def times(self, octets: int) -> "Work":
@@ -52,7 +54,7 @@ class Path:
 
 def _work_of(block: Block, predicate: bool) -> tuple[int, ...] | None:
     """A block's work, in the order of the fields of Work; None where it has other work."""
-    counts = [0] * 6
+    counts = [0] * 7
     for instruction in block.instructions:
         opcode = instruction.opcode
         if instruction.is_a("CALL", "BRX"):
@@ -65,8 +67,10 @@ def _work_of(block: Block, predicate: bool) -> tuple[int, ...] | None:
                 return None
         elif opcode.startswith("IDP.4A"):
             counts[4] += 1
-        elif re.match(r"IMAD\.(WIDE|HI)\.U32", opcode):
+        elif instruction.is_a("ATOMS"):
             counts[5] += 1
+        elif re.match(r"IMAD\.(WIDE|HI)\.U32", opcode):
+            counts[6] += 1
     return tuple(counts)
 
 
@@ -99,7 +103,7 @@ def _cheapest(function: Function, done_by: list[set], header: int, body: frozens
     """Dijkstra's search over (block, work done so far), from the header back to it."""
     *exact, groups = astuple(work)
     enough = PRODUCTS_OF_GROUP * groups
-    waiting: list[tuple[int, int, tuple[int, ...], tuple]] = [(0, header, (0,) * 6, ())]
+    waiting: list[tuple[int, int, tuple[int, ...], tuple]] = [(0, header, (0,) * 7, ())]
     seen = set()
     while waiting:
         cost, block, done, trail = heapq.heappop(waiting)
@@ -118,7 +122,7 @@ def _cheapest(function: Function, done_by: list[set], header: int, body: frozens
             total = tuple(a + b for a, b in zip(done, own, strict=True))
             if any(a > b for a, b in zip(total, exact, strict=False)):
                 continue
-            total = (*total[:5], min(total[5], enough))
+            total = (*total[:6], min(total[6], enough))
             for successor in function.blocks[block].successors:
                 if successor in body:
                     heapq.heappush(waiting, (cost, successor, total, (block, trail)))

@@ -1,6 +1,7 @@
 """What is audited: kernels as they are launched in practice, and the work that each does."""
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 from benchmarks.audit.paths import Work
 
@@ -25,8 +26,8 @@ class Variant:
     Attributes:
         form: what is launched: plain sweeps, updates, …
         reads, writes: bytes of an element, for each operand.
-        sums, groups: for an octet; see :class:`benchmarks.audit.paths.Work`.
-        sums_of_rounding: more of the sums, where CUDA adds random bytes by them.
+        counts: what else is done for an octet; see :class:`benchmarks.audit.paths.Work`.
+        on_cuda: what CUDA's kernel does besides: DP4A adds random bytes.
         k: directions.
         apart: a sweep out of place.
         exact: no approximate function may be used, not even as the start of an exact one.
@@ -37,9 +38,8 @@ class Variant:
     form: str
     reads: tuple[int, ...]
     writes: tuple[int, ...]
-    sums: int = 0
-    groups: int = 0
-    sums_of_rounding: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    on_cuda: dict[str, int] = field(default_factory=dict)
     storage: str = "bf16"
     law: str = "gauss16"
     k: int = 1
@@ -52,8 +52,8 @@ class Variant:
         def vectors(sizes: tuple[int, ...]) -> tuple[int, int]:
             return sum(size // 2 for size in sizes), sum(size == 1 for size in sizes)
 
-        sums = self.sums + (self.sums_of_rounding if backend == "cuda" else 0)
-        return Work(*vectors(self.reads), *vectors(self.writes), sums, self.groups)
+        counts = Counter(self.counts) + Counter(self.on_cuda if backend == "cuda" else {})
+        return Work(*vectors(self.reads), *vectors(self.writes), **counts)
 
     @property
     def bytes(self) -> int:
@@ -65,14 +65,14 @@ def _sweep(storage: str = "bf16", law: str = "gauss16", k: int = 1, apart: bool 
     sizes = SIZES[storage]
     noise = {kind: k * number for kind, number in NOISE[law].items()}
     return Variant(
-        "sweep", sizes, sizes[:1] if apart else sizes, **noise, storage=storage, law=law, k=k,
+        "sweep", sizes, sizes[:1] if apart else sizes, noise, storage=storage, law=law, k=k,
         apart=apart, exact=law != "normal",
     )  # fmt: skip
 
 
 def _update(form: str, reads: tuple[int, ...], writes: tuple[int, ...], storage: str = "bf16",
             **noise: int) -> Variant:  # fmt: skip
-    return Variant(form, reads, writes, storage=storage, **(NOISE["gauss16"] | noise))
+    return Variant(form, reads, writes, NOISE["gauss16"] | noise, storage=storage)
 
 
 # bf16 parameters, gradients and τ, float32 moments.
@@ -95,17 +95,17 @@ VARIANTS = {
     "sweep-normal": _sweep(law="normal"),
     "round-bf16": _update("round", (2,), (2,), groups=2),
     "round-split8": replace(
-        _update("round", (2, 1), (2, 1), "split8", groups=2), sums_of_rounding=8
+        _update("round", (2, 1), (2, 1), "split8", groups=2), on_cuda={"sums": 8}
     ),
     "master-evaluate": _update("master-evaluate", (4,), (2,)),
     "master-update": _update("master-update", (4,), (4, 2)),
     "momentum-fp32": _update("momentum", (4, 4), (4, 4), "fp32"),
-    "ondare": Variant("dare", (2, *_MOMENTS, 2), (2, 4, 4), groups=2, exact=False),
+    "ondare": Variant("dare", (2, *_MOMENTS, 2), (2, 4, 4), {"groups": 2}, exact=False),
     "onties": Variant("ties", (2, *_MOMENTS, 2), (2, 4, 4), exact=False),
-    "products-bf16": Variant("products", (2,), (), sums=8, groups=1, joins=True),
-    "select-fp32": Variant("select", (4,), (), storage="fp32", joins=True),
+    "products-bf16": Variant("products", (2,), (), NOISE["gauss16"], joins=True),
+    "select-fp32": Variant("select", (4,), (), {"atomics": 8}, storage="fp32", joins=True),
     "select-adam": Variant(
-        "select-adam", _MOMENTS, (), exact=False, joins=True, backends=("triton",)
+        "select-adam", _MOMENTS, (), {"atomics": 8}, exact=False, joins=True, backends=("triton",)
     ),
 }  # fmt: skip
 
