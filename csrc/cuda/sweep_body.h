@@ -53,26 +53,22 @@ ZK_FN void sweep_unit(const SweepBatch& batch, const Operand& operand, uint64_t 
     finish_unit<storage>(operand, unit, values[0]);
 }
 
-template <Law law, Storage storage, int K, bool scaled>
-ZK_FN void sweep_whole(const SweepBatch& batch, const Operand& operand, uint64_t unit) {
-    if (operand.out == nullptr)
-        sweep_whole<law, storage, K, scaled, false>(batch, operand, unit);
-    else
-        sweep_whole<law, storage, K, scaled, true>(batch, operand, unit);
-}
-
 template <Law law, Storage storage, int K, class Context>
 ZK_FN void sweep_body(Context at, const SweepBatch& batch) {
     const uint32_t which = find_operand(batch, at.block());
     const Operand& operand = batch.operands[which];
     const uint64_t per_block = uint64_t(batch.steps) * kThreads;
     const uint64_t begin = (at.block() - batch.first_blocks[which]) * per_block;
-    if (is_whole(operand, begin, per_block)) {
+    const bool apart = operand.out != nullptr;
+    // What is read at rest is not scaled: scaled sweeps out of place have no code of their own.
+    if (is_whole(operand, begin, per_block) && !(apart && batch.scaled)) {
         const uint64_t unit = begin + at.thread();
-        if (batch.scaled)
-            sweep_whole<law, storage, K, true>(batch, operand, unit);
+        if (apart)
+            sweep_whole<law, storage, K, false, true>(batch, operand, unit);
+        else if (batch.scaled)
+            sweep_whole<law, storage, K, true, false>(batch, operand, unit);
         else
-            sweep_whole<law, storage, K, false>(batch, operand, unit);
+            sweep_whole<law, storage, K, false, false>(batch, operand, unit);
     } else {
         const uint64_t units = units_of(operand);
         const uint64_t end = begin + per_block < units ? begin + per_block : units;

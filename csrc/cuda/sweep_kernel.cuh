@@ -28,7 +28,7 @@ template <Law law>
 SweepKernel sweep_kernel(Storage storage, uint32_t directions) {
     SweepKernel kernel = nullptr;
     with_storage(storage, [&](auto s) {
-        with_directions(directions, [&](auto k) { kernel = sweep_global<law, s(), k()>; });
+        with_directions<law>(directions, [&](auto k) { kernel = sweep_global<law, s(), k()>; });
     });
     return kernel;
 }

@@ -7,37 +7,31 @@
 
 namespace zokern {
 
-// Of one octet or of several.
-template <Law law, int octets>
+template <Law law>
 ZK_FN void load_direction(const UpdateBatch& batch, const UpdateOperand& operand, uint32_t k,
-                          const Unit* units, float (&z)[octets][8]) {
+                          const Unit& unit, float* z) {
     if (batch.dense[k / 32] >> (k % 32) & 1u) {
-        ZK_UNROLL
-        for (int i = 0; i < octets; ++i) load_dense(operand.dense[~batch.draws[k]], units[i], z[i]);
+        load_dense(operand.dense[~batch.draws[k]], unit, z);
     } else {
         const BatchStream stream = {batch.keys, operand.c1, operand.c2, batch.draws[k]};
-        ZK_UNROLL
-        for (int i = 0; i < octets; ++i) octet<law>(stream, units[i].octet_index, z[i]);
+        octet<law>(stream, unit.octet_index, z);
     }
 }
 
-// t, and where the sweep updates also u, along a direction.
-template <int octets>
-ZK_FN void move_along(const UpdateBatch& batch, uint32_t factor_index, const float (&z)[octets][8],
-                      float (&t)[octets][8], float (&u)[octets][8]) {
+// t, and where the sweep updates also u, along direction k.
+ZK_FN void move_along(const UpdateBatch& batch, uint32_t factor_index, const float* z, float* t,
+                      float* u) {
     const Factor factor = batch.factors[factor_index];
     if (factor.scale != 1.0f) {
         ZK_UNROLL
-        for (int j = 0; j < 8 * octets; ++j) t[j / 8][j % 8] = factor.scale * t[j / 8][j % 8];
+        for (int j = 0; j < 8; ++j) t[j] = factor.scale * t[j];
     }
     ZK_UNROLL
-    for (int j = 0; j < 8 * octets; ++j)
-        t[j / 8][j % 8] = fma32(factor.coeff, z[j / 8][j % 8], t[j / 8][j % 8]);
+    for (int j = 0; j < 8; ++j) t[j] = fma32(factor.coeff, z[j], t[j]);
     if (batch.updates) {
         const float g = batch.gradient[factor_index];
         ZK_UNROLL
-        for (int j = 0; j < 8 * octets; ++j)
-            u[j / 8][j % 8] = fma32(g, z[j / 8][j % 8], u[j / 8][j % 8]);
+        for (int j = 0; j < 8; ++j) u[j] = fma32(g, z[j], u[j]);
     }
 }
 
@@ -99,39 +93,32 @@ ZK_FN void load_units(const UpdateOperand& operand, const Unit* units, float (&t
     }
 }
 
-template <Law law, Storage storage, bool masters, int octets>
-ZK_FN void update_units(const UpdateBatch& batch, const UpdateOperand& operand, const Unit* units) {
-    float t[octets][8], u[octets][8] = {};
-    load_units<storage, masters>(operand, units, t);
+template <Law law, Storage storage, bool masters>
+ZK_FN void update_unit(const UpdateBatch& batch, const UpdateOperand& operand, const Unit& unit) {
+    float t[1][8], u[8] = {};
+    load_units<storage, masters>(operand, &unit, t);
     if (batch.updates && operand.momentum != nullptr) {
+        load_from<Storage::fp32>(operand.momentum, nullptr, unit, u);
         ZK_UNROLL
-        for (int i = 0; i < octets; ++i) {
-            load_from<Storage::fp32>(operand.momentum, nullptr, units[i], u[i]);
-            ZK_UNROLL
-            for (int j = 0; j < 8; ++j) u[i][j] = operand.decay * u[i][j];
-        }
+        for (int j = 0; j < 8; ++j) u[j] = operand.decay * u[j];
     }
     for (uint32_t k = 0;; ++k) {
-        if (k == batch.rest) {
-            ZK_UNROLL
-            for (int i = 0; i < octets; ++i) settle<masters>(batch, operand, units[i], t[i], u[i]);
-        }
+        if (k == batch.rest) settle<masters>(batch, operand, unit, t[0], u);
         if (k == batch.directions) break;
-        float z[octets][8];
-        load_direction<law>(batch, operand, k, units, z);
+        float z[8];
+        load_direction<law>(batch, operand, k, unit, z);
         // Behind the place of rest u is of no more use, and may change.
-        move_along(batch, operand.first_factor + k, z, t, u);
+        move_along(batch, operand.first_factor + k, z, t[0], u);
     }
-    finish_units<storage>(batch, operand, units, t);
+    finish_units<storage>(batch, operand, &unit, t);
 }
 
-// What update_units does where the batch only moves, and nothing is scaled; along K directions, or
-// any number where K is 0.
-template <Law law, Storage storage, bool masters, int K, int octets>
+// What update_unit does where the batch only moves, along one direction, and nothing is scaled.
+template <Law law, Storage storage, bool masters, int octets>
 ZK_FN void move_units(const UpdateBatch& batch, const UpdateOperand& operand, const Unit* units) {
     float t[octets][8];
     load_units<storage, masters>(operand, units, t);
-    displace<law, K, false>(batch, operand, units[0].octet_index, t);
+    displace<law, 1, false>(batch, operand, units[0].octet_index, t);
     if constexpr (masters) {
         if (batch.rest > 0) {
             ZK_UNROLL
@@ -143,11 +130,10 @@ ZK_FN void move_units(const UpdateBatch& batch, const UpdateOperand& operand, co
 }
 
 // A block's full octets on vector boundaries, in a tensor of one row, from a thread's first on;
-// `run` takes two of them at once.
-template <class F>
+// `run` takes as many as are in flight.
+template <int in_flight, class F>
 ZK_FN void for_whole(const UpdateBatch& batch, const UpdateOperand& operand, uint64_t index,
                      const F& run) {
-    constexpr int in_flight = 2;
     for (uint32_t step = 0; step < batch.steps; step += in_flight) {
         Unit units[in_flight];
         ZK_UNROLL
@@ -162,17 +148,15 @@ ZK_FN void for_whole(const UpdateBatch& batch, const UpdateOperand& operand, uin
 
 template <Law law, Storage storage, bool masters>
 ZK_FN void update_whole(const UpdateBatch& batch, const UpdateOperand& operand, uint64_t index) {
-    if (!batch.moves || batch.scaled)
-        for_whole(batch, operand, index, [&](const Unit* units) {
-            update_units<law, storage, masters, 2>(batch, operand, units);
-        });
-    else if (batch.directions == 1)
-        for_whole(batch, operand, index, [&](const Unit* units) {
-            move_units<law, storage, masters, 1, 2>(batch, operand, units);
+    // The code of `normal` is long, and takes its time to compile.
+    constexpr int octets = law == Law::normal ? 1 : 2;
+    if (batch.moves && !batch.scaled && batch.directions == 1)
+        for_whole<octets>(batch, operand, index, [&](const Unit* units) {
+            move_units<law, storage, masters, octets>(batch, operand, units);
         });
     else
-        for_whole(batch, operand, index, [&](const Unit* units) {
-            move_units<law, storage, masters, 0, 2>(batch, operand, units);
+        for_whole<1>(batch, operand, index, [&](const Unit* units) {
+            update_unit<law, storage, masters>(batch, operand, units[0]);
         });
 }
 
@@ -187,7 +171,7 @@ ZK_FN void update_body(Context at, const UpdateBatch& batch) {
     }
     for (uint64_t index = share.begin + at.thread(); index < share.end; index += kThreads) {
         const Unit unit = locate(operand, index, operand.picked);
-        update_units<law, storage, masters, 1>(batch, operand, &unit);
+        update_unit<law, storage, masters>(batch, operand, unit);
     }
 }
 
