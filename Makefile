@@ -7,6 +7,7 @@
 #              (five to fifteen minutes on two cores)
 # make bench   every operation beside what users run instead (nine minutes), under pytest-benchmark
 # make report  the README's performance section and plot, from benchmarks/results/
+# make audit   what the GPU kernels' machine code costs, with no GPU (a few minutes)
 # make wheel   a wheel in dist/
 # make format  format the sources
 #
@@ -21,7 +22,7 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test check demo compare precisions zopro align bench report wheel format clean
+.PHONY: test check demo compare precisions zopro align bench report audit wheel format clean
 
 test: check $(VENV)/test
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -52,6 +53,9 @@ bench: $(VENV)/bench
 
 report: $(VENV)/bench
 	$(BIN)/python -m zokern.bench.report
+
+audit: $(VENV)/test
+	$(BIN)/python -m benchmarks.audit
 
 wheel: $(VENV)/torch
 	$(BIN)/pip wheel --no-deps -w dist .

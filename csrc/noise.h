@@ -161,6 +161,16 @@ ZK_FN uint32_t dot_bytes(uint32_t bytes, uint32_t weights, uint32_t sum) {
 #endif
 }
 
+// `sum` plus the low half of `halves` times the lowest byte of `weights` and the high half times
+// the next byte, all unsigned.
+ZK_FN uint32_t dot_halves(uint32_t halves, uint32_t weights, uint32_t sum) {
+#ifdef __CUDA_ARCH__
+    return __dp2a_lo(halves, weights, sum);
+#else
+    return sum + (halves & 0xFFFFu) * (weights & 255u) + (halves >> 16) * (weights >> 8 & 255u);
+#endif
+}
+
 // The moment-matched Gaussians: z = x q(x²), x = (S - centre) 2^-shift.
 struct Gauss {
     uint32_t weights;  // of the four nibbles (bytes), the least significant first

@@ -77,14 +77,14 @@ def check(
         assert same_bits(got, wanted), f"memory {i}"
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 16])
+@pytest.mark.parametrize("k", [1, 2, 4, 16])
 @pytest.mark.parametrize("storage", test_perturb.STORAGES)
 @pytest.mark.parametrize("law", test_perturb.DIRECTIONS)
 def test_awkward_operands_and_special_values(law, storage, k):
     test_perturb.test_backends_agree("host grid", law, storage, k)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 16])
+@pytest.mark.parametrize("k", [1, 2, 4, 16])
 @pytest.mark.parametrize("storage", test_perturb.STORAGES)
 @pytest.mark.parametrize("law", test_perturb.DIRECTIONS)
 def test_whole_blocks(law, storage, k):
@@ -254,6 +254,40 @@ def test_forms_of_row_shards(storage, masters, offset, rows, length, stride):
     start = offset % 8
     layout = [(rows * length, *[start] * 4), (rows * length, *[0] * 4)]
     check_form(storage, layout, 3, masters=masters, shards=[(offset, length, stride)] * 2)
+
+
+@pytest.mark.parametrize(("storage", "masters"), FORMS)
+@pytest.mark.parametrize("k", [3, 4])
+def test_forms_of_whole_blocks(storage, masters, k):
+    check_form(storage, [(2 * BLOCK, 0, 0, 0, 0)], k, masters=masters)
+
+
+@pytest.mark.parametrize("coeff", [0.1, 3e38], ids=["finite", "overflows"])
+@pytest.mark.parametrize("outs", [None, 0], ids=["in place", "apart"])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("storage", test_rounding.STORAGES)
+def test_stochastic_rounding_of_whole_blocks(storage, k, outs, coeff):
+    draws, coeffs = list(range(k)), [coeff] * k
+    check(storage, [(2 * BLOCK, 0)], draws, coeffs, outs=outs, rounding=2**32 - 1)
+    scales = [0.9] * k
+    check(storage, [(2 * BLOCK, 0)], draws, coeffs, outs=outs, rounding=2**32 - 1, scales=scales)
+
+
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("k", "rest"), [(1, 0), (1, 1), (3, 0), (3, 2), (3, 3)])
+@pytest.mark.parametrize("law", ["gauss16", "rademacher"])
+def test_masters_of_whole_blocks(storage, k, rest, law):
+    results = []
+    for backend in ("native", "reference"):
+        memory, (param,), _ = operands(storage, [(2 * BLOCK, 0)])
+        master = in_memory(torch.linspace(-1, 1, 2 * BLOCK), 0, memory)
+        with zokern.use_backend(backend):
+            ops.perturb_(
+                [param], list(range(k)), [0.1] * k, masters=[master], rest=rest, seed=3, law=law
+            )
+        results.append(memory)
+    for got, wanted in zip(*results, strict=True):
+        assert same_bits(got, wanted)
 
 
 @pytest.mark.parametrize("masters", [False, True])

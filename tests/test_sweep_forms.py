@@ -32,6 +32,10 @@ FORMS = {
     "rows, dense": {"rows": True, "outs": True, "dense": 1},
     "rounding": {"rounding": True, "update": "momentum", "rest": 2, "dense": 1},
     "rounding, outs": {"rounding": True, "rows": True, "outs": True},
+    "one evaluates": {"draws": 1, "masters": True, "rest": 0},
+    "one updates": {"draws": 1, "masters": True, "update": "momentum", "rest": 1},
+    "one, rounding": {"draws": 1, "rounding": True, "rest": 1},
+    "one dense": {"draws": 1, "dense": 1, "rest": 1},
 }
 
 
@@ -99,9 +103,9 @@ def make_case(law: str, storage: str, form: dict, seed: object = 0) -> Case:
         ]
         for _ in range(form.get("dense", 0))
     ]
-    draws = [choose.getrandbits(32) for _ in range(4)]
+    draws = [choose.getrandbits(32) for _ in range(form.get("draws", 4))]
     for j in range(len(dense)):
-        draws[1 + j] = ~j
+        draws[(1 + j) % len(draws)] = ~j
     kind = form.get("update", "")
     momenta = [like(param) for param in params] if "momentum" in kind else None
 

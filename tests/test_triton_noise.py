@@ -60,7 +60,7 @@ def gauss_kernel(words, out, LAW: tl.constexpr, COUNT: tl.constexpr, DP4A: tl.co
 def normal_kernel(words, out, COUNT: tl.constexpr):
     word = tl.load(words + tl.arange(0, 2 * COUNT)).to(tl.uint32)
     radius, angle = tl.split(tl.reshape(word, [COUNT, 2]))
-    tl.store(out + tl.arange(0, 2 * COUNT), noise.normal(radius, angle))
+    tl.store(out + tl.arange(0, 2 * COUNT), noise.normal(radius, angle, False))
 
 
 @triton.jit

@@ -117,8 +117,8 @@ def check(name: str, law: str, k: int) -> None:
         assert same_bits(a, b), f"operand {i}"
 
 
-# One and two directions, and more of them, go different ways.
-@pytest.mark.parametrize("k", [1, 2, 3])
+# One, two and four directions, and any number of them, go different ways.
+@pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("name", STORAGES)
 def test_every_storage(small_blocks, name, k):
     check(name, "gauss16", k)
@@ -183,6 +183,10 @@ FORMS = [
     ("gauss16", "fp16", "rounding"),
     ("gauss16", "bf16_int8", "rounding"),
     ("gauss16", "bf16_int16", "rounding, outs"),
+    ("gauss16", "fp16", "one evaluates"),
+    ("gauss16", "bf16", "one updates"),
+    ("gauss16", "bf16_int8", "one, rounding"),
+    ("gauss16", "fp32", "one dense"),
 ]
 
 

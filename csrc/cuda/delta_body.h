@@ -43,15 +43,17 @@ ZK_FN void load_delta(const DeltaBatch& batch, const DeltaOperand& operand,
     load_dense(source.tensor, unit, delta);
     if (operand.base.data != nullptr) {
         ZK_UNROLL
-        for (int j = 0; j < 8; ++j) delta[j] = rounded_to(type, delta[j] - base[j]);
+        for (int j = 0; j < 8; ++j) delta[j] = delta[j] - base[j];
+        round_octet(type, delta);
     }
     const uint32_t kept = kept_of(batch, operand, source, unit, delta);
     const float ratio = source.ratio == nullptr ? 1.0f : *source.ratio;
     ZK_UNROLL
-    for (int j = 0; j < 8; ++j) {
-        delta[j] = rounded_to(type, ratio * (kept >> j & 1u ? delta[j] : 0.0f));
-        p[j] = rounded_to(type, source.weight * delta[j]);
-    }
+    for (int j = 0; j < 8; ++j) delta[j] = ratio * (kept >> j & 1u ? delta[j] : 0.0f);
+    round_octet(type, delta);
+    ZK_UNROLL
+    for (int j = 0; j < 8; ++j) p[j] = source.weight * delta[j];
+    round_octet(type, p);
 }
 
 // The sum of the models' votes.

@@ -73,16 +73,14 @@ void with_masters(Storage storage, bool masters, const F& f) {
 }
 
 // The numbers of directions that have kernels of their own; 0 stands for any number.
-template <class F>
+template <Law law, class F>
 void with_directions(uint32_t directions, const F& f) {
-    switch (directions) {
-        case 1:
-            return f(Constant<1>());
-        case 2:
-            return f(Constant<2>());
-        default:
-            return f(Constant<0>());
+    if (directions == 1) return f(Constant<1>());
+    if (directions == 2) return f(Constant<2>());
+    if constexpr (law == Law::gauss16) {
+        if (directions == 4) return f(Constant<4>());
     }
+    f(Constant<0>());
 }
 
 }  // namespace zokern

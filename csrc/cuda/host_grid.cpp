@@ -23,7 +23,7 @@ void run_grid(uint32_t blocks, const Body& body) {
 template <Law law>
 void run(const SweepLaunch& launch) {
     with_storage(launch.storage, [&](auto storage) {
-        with_directions(launch.batch.directions, [&](auto directions) {
+        with_directions<law>(launch.batch.directions, [&](auto directions) {
             run_grid(launch.blocks, [&](HostContext at) {
                 sweep_body<law, storage(), directions()>(at, launch.batch);
             });

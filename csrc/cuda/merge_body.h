@@ -137,16 +137,8 @@ ZK_FN void merge_octet(Method method, const AdamNumbers& n, const float* cached,
 // The new moments, and Δ without what is cached.
 ZK_FN void adam_octet(const AdamTensor& adam, const AdamNumbers& n, const Unit& unit,
                       float* delta) {
-    float grad[8], first[8], second[8];
-    load_dense(adam.grad, unit, grad);
-    load_dense(adam.exp_avg, unit, first);
-    load_dense(adam.exp_avg_sq, unit, second);
-    ZK_UNROLL
-    for (int j = 0; j < 8; ++j) {
-        const Moments moments = next_moments(n, grad[j], {first[j], second[j]});
-        first[j] = rounded_to(adam.exp_avg.type, moments.first);
-        second[j] = rounded_to(adam.exp_avg_sq.type, moments.second);
-    }
+    float first[8], second[8];
+    load_moments(adam, n, unit, first, second);
     store_dense(adam.exp_avg, unit, first);
     store_dense(adam.exp_avg_sq, unit, second);
     ZK_UNROLL

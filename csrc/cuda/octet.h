@@ -158,4 +158,70 @@ ZK_FN StoredOctet<storage> encode(const float* values) {
     return result;
 }
 
+ZK_FN bool all_finite(const float* values) {
+    bool finite = true;
+    ZK_UNROLL
+    for (int j = 0; j < 8; ++j)
+        finite = finite && bits_float(float_bits(values[j]) & 0x7FFFFFFFu) < bits_float(kInfinity);
+    return finite;
+}
+
+// Bytes 0 to 3 of the first word are 0 to 3, those of the second 4 to 7; the lowest digit of
+// `choice` chooses the lowest byte of the result.
+template <uint32_t choice>
+ZK_FN uint32_t choose_bytes(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+    return __byte_perm(a, b, choice);
+#else
+    const uint64_t both = uint64_t(b) << 32 | a;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i)
+        result |= uint32_t(both >> (8 * (choice >> (4 * i) & 7u)) & 255u) << (8 * i);
+    return result;
+#endif
+}
+
+// What encode makes of finite values that round_by has rounded. It chooses bytes of the sums with
+// the random bits, and so has nothing to cut off.
+template <Storage storage>
+ZK_FN StoredOctet<storage> encode_finite(const Words& random, const float* values) {
+    static_assert(storage == Storage::bf16 || storage == Storage::bf16_split8, "other roundings");
+    // split8 adds the high byte of each half.
+    constexpr bool split = storage == Storage::bf16_split8;
+    StoredOctet<storage> result;
+    uint32_t sums[8];
+    ZK_UNROLL
+    for (int j = 0; j < 8; ++j) {
+        const uint32_t word = random.w[j / 2], bits = float_bits(values[j]);
+        sums[j] = split ? dot_bytes(word, 1u << (8 + 16 * (j % 2)), bits)
+                        : dot_halves(word, 1u << (8 * (j % 2)), bits);
+    }
+    ZK_UNROLL
+    for (int j = 0; j < 8; j += 2) {
+        const uint32_t half = split ? 0x8000u : 0u;
+        result.param.words[j / 2] = choose_bytes<0x7632>(sums[j] + half, sums[j + 1] + half);
+    }
+    if constexpr (split) {
+        ZK_UNROLL
+        for (int j = 0; j < 8; j += 4)
+            result.residual.words[j / 4] =
+                choose_bytes<0x5410>(choose_bytes<0x0051>(sums[j], sums[j + 1]),
+                                     choose_bytes<0x0051>(sums[j + 2], sums[j + 3]));
+    }
+    return result;
+}
+
+// The values rounded by the random bits of rounding16.
+template <Storage storage>
+ZK_FN StoredOctet<storage> encode_rounded(const Words& random, const float* values) {
+    if constexpr (storage == Storage::bf16 || storage == Storage::bf16_split8) {
+        if (all_finite(values)) return encode_finite<storage>(random, values);
+    }
+    float rounded[8];
+    ZK_UNROLL
+    for (int j = 0; j < 8; ++j)
+        rounded[j] = round_by<storage>((random.w[j / 2] >> (16 * (j % 2))) & 0xFFFFu, values[j]);
+    return encode<storage>(rounded);
+}
+
 }  // namespace zokern

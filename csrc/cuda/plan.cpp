@@ -113,6 +113,10 @@ void begin(const Sweep& sweep, UpdateBatch& batch) {
     batch.rest = uint32_t(sweep.rest);
     batch.updates = sweep.updates;
     batch.sign = sweep.sign;
+    const bool dense =
+        std::any_of(sweep.draws.begin(), sweep.draws.end(), [](int64_t draw) { return draw < 0; });
+    const bool one_part = batch.rest == 0 || batch.rest == batch.directions;
+    batch.moves = !sweep.updates && !dense && one_part;
     batch.rounds = sweep.rounding >= 0;
     batch.rounding = uint32_t(sweep.rounding);
 }

@@ -92,6 +92,7 @@ struct UpdateBatch : MoveBatch<UpdateOperand, 100> {
     float gradient[kMaxFactors];
     uint32_t dense[kMaxDirections / 32];  // bit k: draws[k] is ~slot of a dense direction
     uint32_t rest, updates, sign;
+    uint32_t moves;             // whether it only moves, along noise alone, and rests first or last
     uint32_t rounds, rounding;  // whether it rounds stochastically, and by which draw
 };
 static_assert(sizeof(UpdateBatch) <= kParameterBytes, "kernel parameters");

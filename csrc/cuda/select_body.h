@@ -54,7 +54,7 @@ ZK_FN void count_next_digit(Block block, const ValueBatch& batch) {
     const Share share = share_of(batch, find_operand(batch, block.block()), block.block());
     const GroupState& state = batch.states[operand.group];
     if (state.progress != Progress::searching) return;
-    const uint32_t width = 1u << (operand.digit.shift + operand.digit.bits);
+    const uint32_t low = state.low, width = 1u << (operand.digit.shift + operand.digit.bits);
     block.phase([&](uint32_t thread) {
         for (uint64_t i = share.begin + thread; i < share.end; i += block.threads()) {
             const Unit unit = locate(operand, i);
@@ -62,7 +62,7 @@ ZK_FN void count_next_digit(Block block, const ValueBatch& batch) {
             load_octet(operand.value, unit, values);
             ZK_UNROLL
             for (int j = 0; j < 8; ++j) {
-                const uint32_t place = magnitude(values[j]) - state.low;
+                const uint32_t place = magnitude(values[j]) - low;
                 if ((unit.mask >> j & 1u) && place < width)
                     block.count(operand.counts + (place >> operand.digit.shift));
             }

@@ -2,38 +2,9 @@
 #pragma once
 
 #include "context.h"
-#include "unit.h"
+#include "displace.h"
 
 namespace zokern {
-
-// Moves octets, kThreads apart, along every direction: K directions, or as many as the batch has
-// where K is 0. Where every scale is 1, `scaled` may be false.
-template <Law law, int K, bool scaled, int octets>
-ZK_FN void displace(const SweepBatch& batch, const Operand& operand, uint64_t octet_index,
-                    float (&values)[octets][8]) {
-    const uint32_t directions = K ? K : batch.directions;
-#ifdef __CUDA_ARCH__
-#pragma unroll(K ? K : 1)
-#endif
-    for (uint32_t k = 0; k < directions; ++k) {
-        const Factor factor = batch.factors[operand.first_factor + k];
-        const BatchStream stream = {batch.keys, operand.c1, operand.c2, batch.draws[k]};
-        if (scaled && factor.scale != 1.0f) {
-            ZK_UNROLL
-            for (int i = 0; i < octets; ++i) {
-                ZK_UNROLL
-                for (int j = 0; j < 8; ++j) values[i][j] = factor.scale * values[i][j];
-            }
-        }
-        ZK_UNROLL
-        for (int i = 0; i < octets; ++i) {
-            float z[8];
-            octet<law>(stream, octet_index + i * kThreads, z);
-            ZK_UNROLL
-            for (int j = 0; j < 8; ++j) values[i][j] = fma32(factor.coeff, z[j], values[i][j]);
-        }
-    }
-}
 
 // Full octets on vector boundaries, in a tensor of one row. `apart`: they go to the operand's
 // `out`.
@@ -88,16 +59,16 @@ ZK_FN void sweep_body(Context at, const SweepBatch& batch) {
     const Operand& operand = batch.operands[which];
     const uint64_t per_block = uint64_t(batch.steps) * kThreads;
     const uint64_t begin = (at.block() - batch.first_blocks[which]) * per_block;
-    const uint64_t phase = operand.offset % 8;
-    const bool whole = operand.vectors && operand.rows == 1 && operand.picked == nullptr &&
-                       8 * begin >= phase && 8 * (begin + per_block) <= operand.row_length + phase;
-    if (whole) {
-        if (operand.out != nullptr)
-            sweep_whole<law, storage, K, true, true>(batch, operand, begin + at.thread());
+    const bool apart = operand.out != nullptr;
+    // What is read at rest is not scaled: scaled sweeps out of place have no code of their own.
+    if (is_whole(operand, begin, per_block) && !(apart && batch.scaled)) {
+        const uint64_t unit = begin + at.thread();
+        if (apart)
+            sweep_whole<law, storage, K, false, true>(batch, operand, unit);
         else if (batch.scaled)
-            sweep_whole<law, storage, K, true, false>(batch, operand, begin + at.thread());
+            sweep_whole<law, storage, K, true, false>(batch, operand, unit);
         else
-            sweep_whole<law, storage, K, false, false>(batch, operand, begin + at.thread());
+            sweep_whole<law, storage, K, false, false>(batch, operand, unit);
     } else {
         const uint64_t units = units_of(operand);
         const uint64_t end = begin + per_block < units ? begin + per_block : units;

@@ -16,8 +16,9 @@ __global__ void __launch_bounds__(kThreads) sweep_global(const __grid_constant__
     sweep_body<law, storage, K>(DeviceContext(), batch);
 }
 
+// With room for a fourth block on a multiprocessor registers would be spilled.
 template <Law law, Storage storage, bool masters>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     update_global(const __grid_constant__ UpdateBatch batch) {
     update_body<law, storage, masters>(DeviceContext(), batch);
 }
@@ -27,7 +28,7 @@ template <Law law>
 SweepKernel sweep_kernel(Storage storage, uint32_t directions) {
     SweepKernel kernel = nullptr;
     with_storage(storage, [&](auto s) {
-        with_directions(directions, [&](auto k) { kernel = sweep_global<law, s(), k()>; });
+        with_directions<law>(directions, [&](auto k) { kernel = sweep_global<law, s(), k()>; });
     });
     return kernel;
 }

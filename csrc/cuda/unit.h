@@ -116,11 +116,13 @@ ZK_FN void load_values(const char* param, const char* residual, const Unit& unit
     decode(stored, values);
 }
 
+// In a parameter and its residual, if it has one.
 template <Storage storage>
-ZK_FN void store_values(char* param, char* residual, const Unit& unit, const float* values) {
-    const StoredOctet<storage> stored = encode<storage>(values);
-    store<param_bytes(storage)>(param, unit, stored.param);
-    store<residual_bytes(storage)>(residual, unit, stored.residual);
+ZK_FN void store_octet(void* param, void* residual, const Unit& unit,
+                       const StoredOctet<storage>& octet) {
+    constexpr int pbytes = param_bytes(storage), rbytes = residual_bytes(storage);
+    store<pbytes>(static_cast<char*>(param) + unit.first * pbytes, unit, octet.param);
+    store<rbytes>(static_cast<char*>(residual) + unit.first * rbytes, unit, octet.residual);
 }
 
 // Of an operand and its residual, if it has one.
@@ -133,9 +135,7 @@ ZK_FN void load_from(const void* param, const void* residual, const Unit& unit, 
 
 template <Storage storage>
 ZK_FN void store_to(void* param, void* residual, const Unit& unit, const float* values) {
-    store_values<storage>(static_cast<char*>(param) + unit.first * param_bytes(storage),
-                          static_cast<char*>(residual) + unit.first * residual_bytes(storage), unit,
-                          values);
+    store_octet<storage>(param, residual, unit, encode<storage>(values));
 }
 
 // Where the sweep leaves them: see Operand.
@@ -145,6 +145,14 @@ ZK_FN void finish_unit(const Operand& operand, const Unit& unit, const float* va
         store_to<storage>(operand.param, operand.residual, unit, values);
     else
         store_to<alone(storage)>(operand.out, nullptr, unit, values);
+}
+
+// Whether a block's units, `begin` the first of them, are full octets on vector boundaries in a
+// tensor of one row.
+ZK_FN bool is_whole(const Operand& operand, uint64_t begin, uint64_t per_block) {
+    const uint64_t phase = operand.offset % 8;
+    return operand.vectors && operand.rows == 1 && operand.picked == nullptr &&
+           8 * begin >= phase && 8 * (begin + per_block) <= operand.row_length + phase;
 }
 
 ZK_FN void load_dense(const DenseTensor& dense, const Unit& unit, float* values) {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "context.h"
-#include "unit.h"
+#include "displace.h"
 
 namespace zokern {
 
@@ -53,55 +53,126 @@ ZK_FN void settle(const UpdateBatch& batch, const UpdateOperand& operand, const 
     }
 }
 
-// What a storage keeps, if the sweep rounds stochastically.
-template <Storage storage>
-ZK_FN void round_unit(const UpdateBatch& batch, const UpdateOperand& operand, const Unit& unit,
-                      float* t) {
+// In a parameter and its residual, if it has one.
+template <Storage storage, int octets>
+ZK_FN void store_rounded(const UpdateBatch& batch, const UpdateOperand& operand, void* param,
+                         void* residual, const Unit* units, const float (&t)[octets][8]) {
     if constexpr (rounds(storage)) {
-        if (!batch.rounds) return;
-        const uint32_t c2 = (operand.c2 & 0xFFFFFFu) | uint32_t(Law::rounding16) << 24;
-        const BatchStream stream = {batch.keys, operand.c1, c2, batch.rounding};
-        const Words words = group_words(stream, uint32_t(unit.octet_index));
-        ZK_UNROLL
-        for (int j = 0; j < 8; ++j)
-            t[j] = round_by<storage>((words.w[j / 2] >> (16 * (j % 2))) & 0xFFFFu, t[j]);
+        if (batch.rounds) {
+            const uint32_t c2 = (operand.c2 & 0xFFFFFFu) | uint32_t(Law::rounding16) << 24;
+            const BatchStream stream = {batch.keys, operand.c1, c2, batch.rounding};
+            ZK_UNROLL
+            for (int i = 0; i < octets; ++i) {
+                const Words words = group_words(stream, uint32_t(units[i].octet_index));
+                store_octet(param, residual, units[i], encode_rounded<storage>(words, t[i]));
+            }
+            return;
+        }
+    }
+    ZK_UNROLL
+    for (int i = 0; i < octets; ++i) store_to<storage>(param, residual, units[i], t[i]);
+}
+
+template <Storage storage, int octets>
+ZK_FN void finish_units(const UpdateBatch& batch, const UpdateOperand& operand, const Unit* units,
+                        const float (&t)[octets][8]) {
+    if (operand.out == nullptr)
+        store_rounded<storage>(batch, operand, operand.param, operand.residual, units, t);
+    else
+        store_rounded<alone(storage)>(batch, operand, operand.out, nullptr, units, t);
+}
+
+template <Storage storage, bool masters, int octets>
+ZK_FN void load_units(const UpdateOperand& operand, const Unit* units, float (&t)[octets][8]) {
+    ZK_UNROLL
+    for (int i = 0; i < octets; ++i) {
+        if constexpr (masters)
+            load_from<Storage::fp32>(operand.master, nullptr, units[i], t[i]);
+        else
+            load_from<storage>(operand.param, operand.residual, units[i], t[i]);
     }
 }
 
 template <Law law, Storage storage, bool masters>
-ZK_FN void update_unit(const UpdateBatch& batch, const UpdateOperand& operand, uint64_t index) {
-    const Unit unit = locate(operand, index, operand.picked);
-    float t[8], u[8] = {};
-    if constexpr (masters)
-        load_from<Storage::fp32>(operand.master, nullptr, unit, t);
-    else
-        load_from<storage>(operand.param, operand.residual, unit, t);
+ZK_FN void update_unit(const UpdateBatch& batch, const UpdateOperand& operand, const Unit& unit) {
+    float t[1][8], u[8] = {};
+    load_units<storage, masters>(operand, &unit, t);
     if (batch.updates && operand.momentum != nullptr) {
         load_from<Storage::fp32>(operand.momentum, nullptr, unit, u);
         ZK_UNROLL
         for (int j = 0; j < 8; ++j) u[j] = operand.decay * u[j];
     }
     for (uint32_t k = 0;; ++k) {
-        if (k == batch.rest) settle<masters>(batch, operand, unit, t, u);
+        if (k == batch.rest) settle<masters>(batch, operand, unit, t[0], u);
         if (k == batch.directions) break;
         float z[8];
         load_direction<law>(batch, operand, k, unit, z);
         // Behind the place of rest u is of no more use, and may change.
-        move_along(batch, operand.first_factor + k, z, t, u);
+        move_along(batch, operand.first_factor + k, z, t[0], u);
     }
-    if (operand.out == nullptr)
-        round_unit<storage>(batch, operand, unit, t);
+    finish_units<storage>(batch, operand, &unit, t);
+}
+
+// What update_unit does where the batch only moves, along one direction, and nothing is scaled.
+template <Law law, Storage storage, bool masters, int octets>
+ZK_FN void move_units(const UpdateBatch& batch, const UpdateOperand& operand, const Unit* units) {
+    float t[octets][8];
+    load_units<storage, masters>(operand, units, t);
+    displace<law, 1, false>(batch, operand, units[0].octet_index, t);
+    if constexpr (masters) {
+        if (batch.rest > 0) {
+            ZK_UNROLL
+            for (int i = 0; i < octets; ++i)
+                store_to<Storage::fp32>(operand.master, nullptr, units[i], t[i]);
+        }
+    }
+    finish_units<storage>(batch, operand, units, t);
+}
+
+// A block's full octets on vector boundaries, in a tensor of one row, from a thread's first on;
+// `run` takes as many as are in flight.
+template <int in_flight, class F>
+ZK_FN void for_whole(const UpdateBatch& batch, const UpdateOperand& operand, uint64_t index,
+                     const F& run) {
+    for (uint32_t step = 0; step < batch.steps; step += in_flight) {
+        Unit units[in_flight];
+        ZK_UNROLL
+        for (int i = 0; i < in_flight; ++i) {
+            const uint64_t unit = index + uint64_t(step + i) * kThreads;
+            units[i] = {operand.offset / 8 + unit, int64_t(8 * unit - operand.offset % 8), 0xFFu,
+                        true};
+        }
+        run(units);
+    }
+}
+
+template <Law law, Storage storage, bool masters>
+ZK_FN void update_whole(const UpdateBatch& batch, const UpdateOperand& operand, uint64_t index) {
+    // The code of `normal` is long, and takes its time to compile.
+    constexpr int octets = law == Law::normal ? 1 : 2;
+    if (batch.moves && !batch.scaled && batch.directions == 1)
+        for_whole<octets>(batch, operand, index, [&](const Unit* units) {
+            move_units<law, storage, masters, octets>(batch, operand, units);
+        });
     else
-        round_unit<alone(storage)>(batch, operand, unit, t);
-    finish_unit<storage>(operand, unit, t);
+        for_whole<1>(batch, operand, index, [&](const Unit* units) {
+            update_unit<law, storage, masters>(batch, operand, units[0]);
+        });
 }
 
 template <Law law, Storage storage, bool masters, class Context>
 ZK_FN void update_body(Context at, const UpdateBatch& batch) {
     const uint32_t which = find_operand(batch, at.block());
+    const UpdateOperand& operand = batch.operands[which];
     const Share share = share_of(batch, which, at.block());
-    for (uint64_t index = share.begin + at.thread(); index < share.end; index += kThreads)
-        update_unit<law, storage, masters>(batch, batch.operands[which], index);
+    if (is_whole(operand, share.begin, uint64_t(batch.steps) * kThreads)) {
+        update_whole<law, storage, masters>(batch, operand, share.begin + at.thread());
+        return;
+    }
+    for (uint64_t index = share.begin + at.thread(); index < share.end; index += kThreads) {
+        const Unit unit = locate(operand, index, operand.picked);
+        update_unit<law, storage, masters>(batch, operand, unit);
+    }
 }
 
 }  // namespace zokern

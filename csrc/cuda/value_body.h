@@ -6,23 +6,45 @@
 
 namespace zokern {
 
-ZK_FN float rounded_to(Storage type, float value) {
-    if (type == Storage::bf16) return from_bf16(to_bf16(value));
-    return type == Storage::fp16 ? from_fp16(to_fp16(value)) : value;
+template <Storage type>
+ZK_FN void round_octet(float* values) {
+    float rounded[8];
+    decode<type>({encode<type>(values).param, {}}, rounded);
+    ZK_UNROLL
+    for (int j = 0; j < 8; ++j) values[j] = rounded[j];
+}
+
+// To fp32, bf16 or fp16, and back.
+ZK_FN void round_octet(Storage type, float* values) {
+    if (type == Storage::bf16)
+        round_octet<Storage::bf16>(values);
+    else if (type == Storage::fp16)
+        round_octet<Storage::fp16>(values);
+}
+
+// The new moments, rounded to the dtypes of the state.
+ZK_FN void load_moments(const AdamTensor& adam, const AdamNumbers& numbers, const Unit& unit,
+                        float* first, float* second) {
+    float grad[8];
+    load_dense(adam.grad, unit, grad);
+    load_dense(adam.exp_avg, unit, first);
+    load_dense(adam.exp_avg_sq, unit, second);
+    ZK_UNROLL
+    for (int j = 0; j < 8; ++j) {
+        const Moments next = next_moments(numbers, grad[j], {first[j], second[j]});
+        first[j] = next.first;
+        second[j] = next.second;
+    }
+    round_octet(adam.exp_avg.type, first);
+    round_octet(adam.exp_avg_sq.type, second);
 }
 
 ZK_FN void load_steps(const AdamTensor& adam, const Unit& unit, float* values) {
     const AdamNumbers numbers = *adam.numbers;
     float first[8], second[8];
-    load_dense(adam.grad, unit, values);
-    load_dense(adam.exp_avg, unit, first);
-    load_dense(adam.exp_avg_sq, unit, second);
+    load_moments(adam, numbers, unit, first, second);
     ZK_UNROLL
-    for (int j = 0; j < 8; ++j) {
-        const Moments next = next_moments(numbers, values[j], {first[j], second[j]});
-        values[j] = adam_delta(numbers, {rounded_to(adam.exp_avg.type, next.first),
-                                         rounded_to(adam.exp_avg_sq.type, next.second)});
-    }
+    for (int j = 0; j < 8; ++j) values[j] = adam_delta(numbers, {first[j], second[j]});
     if (adam.cached != nullptr && *adam.merges != 0) {
         load_from<Storage::fp32>(adam.cached, nullptr, unit, first);
         ZK_UNROLL
@@ -41,10 +63,8 @@ ZK_FN void load_octet(const ValueTensor& value, const Unit& unit, float* values)
     float base[8];
     load_dense(value.base, unit, base);
     ZK_UNROLL
-    for (int j = 0; j < 8; ++j) {
-        values[j] -= base[j];
-        if (value.rounded) values[j] = rounded_to(value.tensor.type, values[j]);
-    }
+    for (int j = 0; j < 8; ++j) values[j] -= base[j];
+    if (value.rounded) round_octet(value.tensor.type, values);
 }
 
 }  // namespace zokern

@@ -134,7 +134,21 @@ def gauss32(words, DP4A: tl.constexpr):
 
 
 @triton.jit
-def _normal_radius(word):
+def _sqrt_in_range(x, NVIDIA: tl.constexpr):
+    """√x for 2^-101 ≤ x, correctly rounded."""
+    if NVIDIA:
+        # What a root is made of on NVIDIA's GPUs, less the test for smaller arguments.
+        inverse = tl.inline_asm_elementwise(
+            "rsqrt.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        root = x * inverse
+        return fma(fma(-root, root, x), 0.5 * inverse, root)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def _normal_radius(word, NVIDIA: tl.constexpr):
     """√(-2·ln u) with u = (word | 1)·2^-32."""
     n = word | 1
     # Where the conversion rounds up to a power of two there is one leading zero too few, and the
@@ -160,7 +174,7 @@ def _normal_radius(word):
     log1p = fma(r * r, _horner(LOG1P, r), r)
     LN2: tl.constexpr = _floats("0x1.62e43p-1")
     minus_log = fma(halvings, tl.full([], LN2[0], tl.float32), -log1p)
-    return tl.sqrt_rn(minus_log + minus_log)
+    return _sqrt_in_range(minus_log + minus_log, NVIDIA)
 
 
 @triton.jit
@@ -191,9 +205,9 @@ def _normal_angle(word):
 
 
 @triton.jit
-def normal(radius_words, angle_words):
+def normal(radius_words, angle_words, NVIDIA: tl.constexpr):
     """Box-Muller: two values for each pair of words."""
-    radius = _normal_radius(radius_words)
+    radius = _normal_radius(radius_words, NVIDIA)
     cos, sin = _normal_angle(angle_words)
     return join2(radius * cos, radius * sin)
 
@@ -223,7 +237,7 @@ def octet_values(LAW: tl.constexpr, octet, stream, draw, DP4A: tl.constexpr):
     """The noise of these octets (int64 indices), eight values for each.
 
     The stream is (low and high word of the seed, tensor id). With DP4A weighted sums of bytes are
-    that instruction of NVIDIA's GPUs.
+    that instruction of NVIDIA's GPUs, and roots are made of theirs.
     """
     if LAW == "gauss16":
         w0, w1, w2, w3 = _group_words(LAW, octet, stream, draw)
@@ -238,7 +252,7 @@ def octet_values(LAW: tl.constexpr, octet, stream, draw, DP4A: tl.constexpr):
         a0, a1, a2, a3 = _group_words(LAW, octet * 2, stream, draw)
         b0, b1, b2, b3 = _group_words(LAW, octet * 2 + 1, stream, draw)
         if LAW == "normal":
-            return normal(join4(a0, a2, b0, b2), join4(a1, a3, b1, b3))
+            return normal(join4(a0, a2, b0, b2), join4(a1, a3, b1, b3), DP4A)
         else:
             words = _join8(a0, a1, a2, a3, b0, b1, b2, b3)
             if LAW == "gauss32":

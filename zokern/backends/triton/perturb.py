@@ -77,7 +77,7 @@ def _sweep_tile(tensor, shard, start, origin, tile, moves,
                 DP4A: tl.constexpr):  # fmt: skip
     """Sweep a tile of the block whose first octet is ``start``, and ``origin`` as (row, place)."""
     param, residual, out, picked, stream = tensor
-    draws, pairs, directions, first, last = moves
+    draws, pairs, directions, few = moves
     octet, row, column = locate(origin, tile, shard, OCTETS, ROWS, picked, PICKED)
     if MASKED:
         at, mask = owned(row, column, shard, OCTETS)
@@ -97,9 +97,8 @@ def _sweep_tile(tensor, shard, start, origin, tile, moves,
             direction = _direction(draws, pairs, k)
             value = _moved(value, octet, stream, direction, LAW, SCALED, DP4A)
     else:
-        value = _moved(value, octet, stream, first, LAW, SCALED, DP4A)
-        if DIRECTIONS == 2:
-            value = _moved(value, octet, stream, last, LAW, SCALED, DP4A)
+        for k in tl.static_range(DIRECTIONS):
+            value = _moved(value, octet, stream, few[k], LAW, SCALED, DP4A)
     if OUT == "":
         store(STORAGE, param, residual, at, mask, value, 1 if MASKED else 16)
     else:
@@ -140,8 +139,10 @@ def perturb_kernel(
     draws = table + tensors * (1 + COLUMNS)
     pairs = draws + directions + tl.load(columns + PLACE + 2) * directions * 2
     # Few directions are read once, not for each tile.
-    first, last = _direction(draws, pairs, 0), _direction(draws, pairs, directions - 1)
-    moves = (draws, pairs, directions, first, last)
+    few = ()
+    for k in tl.static_range(DIRECTIONS):
+        few += (_direction(draws, pairs, k),)  # type: ignore[assignment]
+    moves = (draws, pairs, directions, few)
 
     block = tl.program_id(0) - tl.load(table + i)
     start, origin, unmasked_tiles, all_tiles = tiles_of(block, shard, unmasked, tiles, OCTETS, ROWS)
@@ -187,7 +188,7 @@ def _launch(sweep: Sweep, members: list[int], storage: str, rows: bool, picked: 
         LAW=sweep.law,
         STORAGE=storage,
         OUT="" if sweep.outs is None else alone(storage),
-        DIRECTIONS=directions if directions <= 2 else 0,
+        DIRECTIONS=directions if directions in (1, 2, 4) else 0,
         SCALED=any(scale != 1 for scale in pairs[1::2]),
         ROWS=rows,
         PICKED=picked,

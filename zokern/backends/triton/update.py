@@ -64,9 +64,16 @@ COLUMNS = tl.constexpr(PLACE.value + len(Columns._fields))
 
 
 @triton.jit
-def _direction(draw, noise, dense, access, LAW: tl.constexpr, DENSE0: tl.constexpr,
-               DENSE1: tl.constexpr, OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
-    """The values of a draw or, where it is negative, of the dense direction ~draw."""
+def _direction(draws, triples, k):
+    """Its draw, coefficient, scale and share in the update."""
+    return (tl.load(draws + k), load_float(triples + 3 * k), load_float(triples + 3 * k + 1),
+            load_float(triples + 3 * k + 2))  # fmt: skip
+
+
+@triton.jit
+def _values(draw, noise, dense, access, LAW: tl.constexpr, DENSE0: tl.constexpr,
+            DENSE1: tl.constexpr, OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
+    """Those of a draw or, where it is negative, of the dense direction ~draw."""
     octet, stream = noise
     if DENSE0 == "" or draw >= 0:
         z = octet_values(LAW, octet, stream, draw, DP4A)
@@ -78,15 +85,17 @@ def _direction(draw, noise, dense, access, LAW: tl.constexpr, DENSE0: tl.constex
 
 
 @triton.jit
-def _moved(value, u, k, noise, dense, access, moves, LAW: tl.constexpr, ADDS: tl.constexpr,
-           DENSE0: tl.constexpr, DENSE1: tl.constexpr, OCTETS: tl.constexpr,
+def _moved(value, u, direction, noise, dense, access, LAW: tl.constexpr, ADDS: tl.constexpr,
+           SCALED: tl.constexpr, DENSE0: tl.constexpr, DENSE1: tl.constexpr, OCTETS: tl.constexpr,
            DP4A: tl.constexpr):  # fmt: skip
-    """The value moved along direction k and, with ADDS, the update with its share added."""
-    draws, triples = moves
-    z = _direction(tl.load(draws + k), noise, dense, access, LAW, DENSE0, DENSE1, OCTETS, DP4A)
-    value = fma(load_float(triples + 3 * k), z, value * load_float(triples + 3 * k + 1))
+    """The value moved along a direction and, with ADDS, the update with its share added."""
+    draw, coeff, scale, gradient = direction
+    z = _values(draw, noise, dense, access, LAW, DENSE0, DENSE1, OCTETS, DP4A)
+    if SCALED:
+        value *= scale
+    value = fma(coeff, z, value)
     if ADDS:
-        u = fma(load_float(triples + 3 * k + 2), z, u)
+        u = fma(gradient, z, u)
     return value, u
 
 
@@ -95,9 +104,11 @@ def _sweep_tile(columns, noise, access, moves, rest, directions, rounding, LAW: 
                 STORAGE: tl.constexpr, OUT: tl.constexpr, MASTER: tl.constexpr,
                 UPDATE: tl.constexpr, MOMENTUM: tl.constexpr, SIGN: tl.constexpr,
                 ROUNDS: tl.constexpr, DENSE0: tl.constexpr, DENSE1: tl.constexpr,
-                OCTETS: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
+                SCALED: tl.constexpr, REST: tl.constexpr, OCTETS: tl.constexpr,
+                DP4A: tl.constexpr):  # fmt: skip
     """Sweep the octets and the stream of ``noise``, accessed as in ``load_tile``."""
     param, residual, master, momentum, dense, out, decay, step = columns
+    draws, triples, only = moves
     if MASTER:
         value = load_tile("fp32", master, 0, access, OCTETS)
     else:
@@ -106,9 +117,13 @@ def _sweep_tile(columns, noise, access, moves, rest, directions, rounding, LAW: 
         u = load_tile("fp32", momentum, 0, access, OCTETS) * decay
     else:
         u = tl.zeros([OCTETS * 8], tl.float32)
-    for k in range(rest):
-        value, u = _moved(value, u, k, noise, dense, access, moves,
-                          LAW, UPDATE, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
+    if REST == 1:
+        value, u = _moved(value, u, only, noise, dense, access,
+                          LAW, UPDATE, SCALED, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
+    elif REST == -1:
+        for k in range(rest):
+            value, u = _moved(value, u, _direction(draws, triples, k), noise, dense, access,
+                              LAW, UPDATE, SCALED, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
     if MOMENTUM:
         # A dense direction may be this memory, but only before rest: what is stored here was made
         # from all that is read there.
@@ -119,9 +134,13 @@ def _sweep_tile(columns, noise, access, moves, rest, directions, rounding, LAW: 
         value = fma(step, u, value)
     if MASTER and rest > 0:
         store_tile("fp32", master, 0, access, value)
-    for k in range(rest, directions):
-        value, u = _moved(value, u, k, noise, dense, access, moves,
-                          LAW, False, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
+    if REST == 0:
+        value, u = _moved(value, u, only, noise, dense, access,
+                          LAW, False, SCALED, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
+    elif REST == -1:
+        for k in range(rest, directions):
+            value, u = _moved(value, u, _direction(draws, triples, k), noise, dense, access,
+                              LAW, False, SCALED, DENSE0, DENSE1, OCTETS, DP4A)  # fmt: skip
     if ROUNDS:
         octet, stream = noise
         random = octet_values("rounding16", octet, stream, rounding, DP4A)
@@ -162,6 +181,8 @@ def update_kernel(
     ROUNDS: tl.constexpr,
     DENSE0: tl.constexpr,
     DENSE1: tl.constexpr,
+    SCALED: tl.constexpr,
+    REST: tl.constexpr,
     ROWS: tl.constexpr,
     PICKED: tl.constexpr,
     OCTETS: tl.constexpr,
@@ -170,7 +191,8 @@ def update_kernel(
     """A block sweeps up to ``tiles`` tiles of OCTETS octets, of one tensor.
 
     MASTER, UPDATE and MOMENTUM say what there is, OUT, DENSE0 and DENSE1 in which storage (or ""),
-    ROWS that some tensor has several rows, PICKED that somebody picked them.
+    SCALED that some scale is not 1, ROWS that some tensor has several rows, PICKED that somebody
+    picked them. REST is ``rest`` where there is a single direction, else -1.
     """
     i = find(table, tensors, tl.program_id(0))
     place = table + tensors + i * COLUMNS
@@ -181,7 +203,12 @@ def update_kernel(
     columns = (tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3), dense,
                tl.load(own + 6), load_float(own + 7), load_float(own + 8))  # fmt: skip
     draws = table + tensors * (1 + COLUMNS)
-    moves = (draws, draws + directions + tl.load(own + 9) * directions * 3)
+    triples = draws + directions + tl.load(own + 9) * directions * 3
+    # A single direction is read once, not for each tile.
+    only = (0, 0.0, 0.0, 0.0)
+    if REST != -1:
+        only = _direction(draws, triples, 0)
+    moves = (draws, triples, only)
     picked = tl.load(own + 10)
 
     block = tl.program_id(0) - tl.load(table + i)
@@ -191,14 +218,14 @@ def update_kernel(
         first = start + tile * OCTETS
         access = (first, first * 8 + tl.arange(0, OCTETS * 8), None)
         _sweep_tile(columns, (octet, stream), access, moves, rest, directions, rounding, LAW,
-                    STORAGE, OUT, MASTER, UPDATE, MOMENTUM, SIGN, ROUNDS, DENSE0, DENSE1, OCTETS,
-                    DP4A)  # fmt: skip
+                    STORAGE, OUT, MASTER, UPDATE, MOMENTUM, SIGN, ROUNDS, DENSE0, DENSE1, SCALED,
+                    REST, OCTETS, DP4A)  # fmt: skip
     for tile in range(unmasked_tiles, all_tiles):
         octet, row, column = locate(origin, tile, shard, OCTETS, ROWS, picked, PICKED)
         at, mask = owned(row, column, shard, OCTETS)
         _sweep_tile(columns, (octet, stream), (0, at, mask), moves, rest, directions, rounding, LAW,
-                    STORAGE, OUT, MASTER, UPDATE, MOMENTUM, SIGN, ROUNDS, DENSE0, DENSE1, OCTETS,
-                    DP4A)  # fmt: skip
+                    STORAGE, OUT, MASTER, UPDATE, MOMENTUM, SIGN, ROUNDS, DENSE0, DENSE1, SCALED,
+                    REST, OCTETS, DP4A)  # fmt: skip
 
 
 def perturb_(sweep: Sweep) -> None:
@@ -248,6 +275,8 @@ def _launch(
         ROUNDS=sweep.rounding is not None,
         DENSE0=dense0,
         DENSE1=dense1,
+        SCALED=any(scale != 1 for scale in triples[1::3]),
+        REST=sweep.rest if len(sweep.draws) == 1 else -1,
         ROWS=rows,
         PICKED=picked,
         OCTETS=tile,
