@@ -227,7 +227,7 @@ def test_zeroth_order_training_by_each_trainer(name, tmp_path):
         args=make_config(
             config,
             tmp_path,
-            max_steps=15,
+            max_steps=14,
             per_device_train_batch_size=3,
             gradient_accumulation_steps=3,
             learning_rate=lr,
@@ -247,5 +247,5 @@ def test_zeroth_order_training_by_each_trainer(name, tmp_path):
     first, last = mean_losses(made, 5)
     assert last < first
     assert evaluations[1] < evaluations[0]
-    assert sum(metric in entry for entry in made.state.log_history) == 15
+    assert sum(metric in entry for entry in made.state.log_history) == 14
     assert sum(f"eval_{metric}" in entry for entry in made.state.log_history) == 2
