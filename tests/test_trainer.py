@@ -1,5 +1,6 @@
 """Trainers with zeroth-order optimizers, on small models of three families built from configs."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -204,12 +205,13 @@ class Killed(BaseException):
 
 
 class KilledTrainer(ZOTrainer):
-    """Is killed in its fifth step, in the second evaluation."""
+    """Is killed in some step, in the second evaluation."""
 
+    steps_made = 0
     calls = 0
 
     def compute_loss(self, *args, **kwargs):
-        self.calls += self.state.global_step == 4
+        self.calls += self.state.global_step == self.steps_made
         if self.calls == 4:
             raise Killed
         return super().compute_loss(*args, **kwargs)
@@ -248,8 +250,12 @@ def test_a_killed_run_goes_on_bit_for_bit(name, tmp_path):
 
     straight = make(ZOTrainer, "straight")
     straight.train()
+    killed = make(KilledTrainer, "killed")
+    # Somewhere after the checkpoint.
+    killed.steps_made = random.Random(name).randrange(3, 6)
     with pytest.raises(Killed):
-        make(KilledTrainer, "killed").train()
+        killed.train()
+    assert killed.state.global_step == killed.steps_made
     resumed = make(ZOTrainer, "killed")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6

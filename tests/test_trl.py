@@ -16,6 +16,8 @@ transformers = pytest.importorskip("transformers")
 from trl import (  # noqa: E402
     DPOConfig,
     DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
     KTOConfig,
     KTOTrainer,
     RewardConfig,
@@ -249,3 +251,18 @@ def test_zeroth_order_training_by_each_trainer(name, tmp_path):
     assert evaluations[1] < evaluations[0]
     assert sum(metric in entry for entry in made.state.log_history) == 14
     assert sum(f"eval_{metric}" in entry for entry in made.state.log_history) == 2
+
+
+class ZOGRPOTrainer(ZOMixin, GRPOTrainer):
+    pass
+
+
+def test_trainers_that_generate_within_their_steps_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="ZOGRPOTrainer: ZOMixin replaces the training_step"):
+        ZOGRPOTrainer(
+            model=make_model(0),
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=make_config(GRPOConfig, tmp_path, per_device_train_batch_size=8),
+            train_dataset=make_data(DPOConfig),
+            processing_class=make_tokenizer(),
+        )
