@@ -1,4 +1,4 @@
-"""TRL's trainers take the merging optimizers as they are, and resume from their checkpoints."""
+"""TRL's trainers: the merging optimizers as they are, and zeroth-order ones through the mixin."""
 
 from pathlib import Path
 
@@ -13,7 +13,20 @@ datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
-from trl import DPOConfig, DPOTrainer  # noqa: E402
+from trl import (  # noqa: E402
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+from zokern.integrations.transformers import ZOMixin  # noqa: E402
 
 WORDS = ["<pad>", "<eos>", *["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]]
 OPTIMIZERS = {
@@ -50,31 +63,48 @@ def make_model(seed: int):
         return transformers.LlamaForCausalLM(config)
 
 
-def make_trainer(name: str, folder: Path):
+def make_data(config) -> "datasets.Dataset":
+    prompts, chosen, rejected = (
+        [f"the {w}" for w in WORDS[2:]],
+        " jumps over <eos>",
+        " a lazy dog",
+    )
+    if config is KTOConfig:
+        rows = [
+            {"prompt": prompt, "completion": completion, "label": label}
+            for prompt in prompts
+            for completion, label in ((chosen, True), (rejected, False))
+        ]
+    elif config is SFTConfig:
+        rows = [{"prompt": prompt, "completion": chosen} for prompt in prompts]
+    else:
+        rows = [{"prompt": p, "chosen": chosen, "rejected": rejected} for p in prompts]
+    return datasets.Dataset.from_list(rows)
+
+
+def make_config(config, folder: Path, **changes):
+    defaults = {
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return config(output_dir=str(folder), **(defaults | changes))
+
+
+def make_trainer(name: str, folder: Path, trainer=DPOTrainer, config=DPOConfig, **changes):
     """From the same weights each time, which are also the reference; the base has others."""
     policy, reference, base = make_model(0), make_model(0), make_model(1)
     optimizer, arguments = OPTIMIZERS[name]
-    pairs = [
-        {"prompt": f"the {word}", "chosen": " jumps over <eos>", "rejected": " a lazy dog <eos>"}
-        for word in WORDS[2:]
-    ]
-    return DPOTrainer(
+    return trainer(
         model=policy,
         ref_model=reference,
-        args=DPOConfig(
-            output_dir=str(folder),
-            max_steps=4,
-            per_device_train_batch_size=2,
-            learning_rate=1e-3,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="steps",
-            save_steps=2,
-            disable_tqdm=True,
-        ),
-        train_dataset=datasets.Dataset.from_list(pairs),
+        args=make_config(config, folder, **changes),
+        train_dataset=make_data(config),
         processing_class=make_tokenizer(),
         optimizers=(
             optimizer(
@@ -125,11 +155,12 @@ def weights(model: nn.Module) -> dict:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_dpo_trains_every_parameter_and_resumes_bit_for_bit(name, tmp_path):
-    straight = make_trainer(name, tmp_path)
+    saved_twice = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    straight = make_trainer(name, tmp_path, **saved_twice)
     start = weights(straight.model)
     straight.train()
 
-    resumed, begin = make_trainer(name, tmp_path), AtBegin()
+    resumed, begin = make_trainer(name, tmp_path, **saved_twice), AtBegin()
     resumed.add_callback(begin)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
@@ -141,3 +172,97 @@ def test_dpo_trains_every_parameter_and_resumes_bit_for_bit(name, tmp_path):
     assert resumed.state.global_step == straight.state.global_step == 4
     assert equal(weights(resumed.model), weights(straight.model))
     assert equal(*(flat(each.optimizer.optimizer.state_dict()) for each in (resumed, straight)))
+
+
+def mean_losses(trainer, steps: int) -> tuple[float, float]:
+    """Of the first steps and of the last."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return sum(losses[:steps]) / steps, sum(losses[-steps:]) / steps
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("trainer", "config"), [(DPOTrainer, DPOConfig), (KTOTrainer, KTOConfig)], ids=["DPO", "KTO"]
+)
+def test_merging_optimizers_align_in_twenty_steps(name, trainer, config, tmp_path):
+    made = make_trainer(name, tmp_path, trainer, config, max_steps=20, logging_steps=1)
+    made.train()
+    assert len(made.state.log_history) == 21
+    first, last = mean_losses(made, 5)
+    assert last < first - 0.01
+
+
+class ZODPOTrainer(ZOMixin, DPOTrainer):
+    pass
+
+
+class ZOKTOTrainer(ZOMixin, KTOTrainer):
+    pass
+
+
+class ZOSFTTrainer(ZOMixin, SFTTrainer):
+    pass
+
+
+class ZORewardTrainer(ZOMixin, RewardTrainer):
+    pass
+
+
+ZO = {
+    "DPO": (ZODPOTrainer, DPOConfig, 0.01, "rewards/margins"),
+    "KTO": (ZOKTOTrainer, KTOConfig, 0.01, "rewards/margins"),
+    "SFT": (ZOSFTTrainer, SFTConfig, 0.003, "mean_token_accuracy"),
+    "Reward": (ZORewardTrainer, RewardConfig, 0.003, "margin"),
+}
+
+
+@pytest.mark.parametrize("name", ZO)
+def test_zeroth_order_training_by_each_trainer(name, tmp_path):
+    trainer, config, lr, metric = ZO[name]
+    model = make_model(0)
+    if config is RewardConfig:
+        model.config.num_labels = 1
+        model = transformers.LlamaForSequenceClassification(model.config)
+    data = make_data(config)
+    made = trainer(
+        model=model,
+        args=make_config(
+            config,
+            tmp_path,
+            max_steps=14,
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=3,
+            learning_rate=lr,
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=7,
+        ),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=make_tokenizer(),
+        zo_arguments={"fuse_next": True},
+        **({"ref_model": make_model(0)} if name in ("DPO", "KTO") else {}),
+    )
+    made.train()
+    evaluations = [e["eval_loss"] for e in made.state.log_history if "eval_loss" in e]
+    assert len(evaluations) == 2
+    first, last = mean_losses(made, 5)
+    assert last < first
+    assert evaluations[1] < evaluations[0]
+    assert sum(metric in entry for entry in made.state.log_history) == 14
+    assert sum(f"eval_{metric}" in entry for entry in made.state.log_history) == 2
+
+
+class ZOGRPOTrainer(ZOMixin, GRPOTrainer):
+    pass
+
+
+def test_trainers_that_generate_within_their_steps_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="ZOGRPOTrainer: ZOMixin replaces the training_step"):
+        ZOGRPOTrainer(
+            model=make_model(0),
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=make_config(GRPOConfig, tmp_path, per_device_train_batch_size=8),
+            train_dataset=make_data(DPOConfig),
+            processing_class=make_tokenizer(),
+        )

@@ -60,44 +60,41 @@ def replay(
         trajectory = Trajectory.load(trajectory)
     if trajectory.header is None:
         return
-    tensors = _recorded_tensors(weights, trajectory.header)
-    method = _method(trajectory.header)
+    tensors = recorded_tensors(weights, trajectory.header)
+    method = method_of(trajectory.header)
     chunks = list(_chunks(tensors)) if not method.DENSE else [list(range(len(tensors)))]
     with progress_bar(len(chunks) * len(trajectory), "replay", "step", shown=progress) as advance:
         for chunk in chunks:
             there = [tensors[i].to(device or tensors[i].device) for i in chunk]
-            _Replay(method, trajectory, there, chunk, rounds).run(advance)
+            _Replay(trajectory, there, chunk, rounds).run(advance)
             for i, tensor in zip(chunk, there, strict=True):
                 if tensor is not tensors[i]:
                     tensors[i].copy_(tensor)
 
 
-class _Replay:
-    """The optimizer of a run over a chunk of its tensors, given estimates instead of losses."""
+class Follower:
+    """The optimizer of a run over some of its tensors, given estimates instead of losses.
+
+    ``chunk`` says which of the tensors of the header; ``settings`` are the constructor's.
+    """
 
     def __init__(
         self,
-        method: type[ZOOptimizer],
-        trajectory: Trajectory,
+        header: dict[str, Any],
         tensors: list[Tensor],
-        chunk: list[int],
+        chunk: Sequence[int],
         rounds: Sequence[Round],
+        **settings: Any,
     ) -> None:
-        header = trajectory.header
-        assert header is not None
         recorded = [header["tensors"][i] for i in chunk]
         groups: list[dict[str, Any]] = [{"params": []} for _ in range(header["groups"])]
         for tensor, entry in zip(tensors, recorded, strict=True):
-            param = tensor.detach().requires_grad_()
             groups[entry["group"]]["params"].append(
-                (entry["name"], param) if header["named"] else param
+                (entry["name"], tensor) if header["named"] else tensor
             )
         self._kept = [g for g, group in enumerate(groups) if group["params"]]
-        half = any(tensor.dtype != torch.float32 for tensor in tensors)
-        self._trajectory = trajectory
-        self._first_step = header["first_step"]
         self._rounds = rounds
-        self._optimizer = method._for_replay(
+        self._optimizer = method_of(header)._for_replay(
             [groups[g] for g in self._kept],
             header["arguments"],
             rounds,
@@ -105,9 +102,48 @@ class _Replay:
             seed=header["seed"],
             law=header["law"],
             sign=header["sign"],
-            precision="master" if half else "inplace",
+            **settings,
         )
         self._ids = [entry["id"] for entry in recorded]
+
+    def _take_settings(self, settings: dict[str, Any]) -> None:
+        for g, group in zip(self._kept, self._optimizer.param_groups, strict=True):
+            group.update(settings["groups"][g])
+
+    def _take_rates(self, record: Record) -> None:
+        for g, group in zip(self._kept, self._optimizer.param_groups, strict=True):
+            group["lr"] = record.lrs[g]
+
+    def _members(self) -> list[Member]:
+        members = self._optimizer._members()
+        return [replace(m, tensor_id=n) for m, n in zip(members, self._ids, strict=True)]
+
+    def _move(self, target: dict[int, float], record: Record | None = None) -> None:
+        """Go to a point, with a step of the place of rest on the way."""
+        optimizer = self._optimizer
+        gradient = record and dict(zip(record.draws, record.gradient, strict=True))
+        optimizer._move(target, gradient)
+        optimizer._displacement.forget_all_but(target)
+
+
+class _Replay(Follower):
+    """Follows a trajectory over a chunk of its tensors, several steps a sweep."""
+
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        tensors: list[Tensor],
+        chunk: list[int],
+        rounds: Sequence[Round],
+    ) -> None:
+        header = trajectory.header
+        assert header is not None
+        half = any(tensor.dtype != torch.float32 for tensor in tensors)
+        params = [tensor.detach().requires_grad_() for tensor in tensors]
+        precision = "master" if half else "inplace"
+        super().__init__(header, params, chunk, rounds, precision=precision)
+        self._trajectory = trajectory
+        self._first_step = header["first_step"]
         self._batch: list[tuple[Record, list[Any]]] = []
         # Rounds that do not fit are found before anything is written.
         for number, settings in self._changes():
@@ -126,8 +162,7 @@ class _Replay:
             if current is not settings:
                 self._flush()
                 settings = current
-                for g, group in zip(self._kept, self._optimizer.param_groups, strict=True):
-                    group.update(settings["groups"][g])
+                self._take_settings(settings)
             self._optimizer._follow(settings, number, self._rounds)
             if record.draws:
                 self._step(record)
@@ -136,21 +171,15 @@ class _Replay:
 
     def _step(self, record: Record) -> None:
         optimizer = self._optimizer
-        for g, group in zip(self._kept, optimizer.param_groups, strict=True):
-            group["lr"] = record.lrs[g]
+        self._take_rates(record)
         rules = [optimizer._rule(group) for group in optimizer.param_groups]
         if optimizer.DENSE or not all(rule.is_direct for rule in rules):
             optimizer._displacement.members = self._members()
-            optimizer._move({}, dict(zip(record.draws, record.gradient, strict=True)))
-            optimizer._displacement.forget_all_but({})
+            self._move({}, record)
             return
         self._batch.append((record, rules))
         if sum(len(record.draws) for record, _ in self._batch) >= DIRECTIONS:
             self._flush()
-
-    def _members(self) -> list[Member]:
-        members = self._optimizer._members()
-        return [replace(m, tensor_id=n) for m, n in zip(members, self._ids, strict=True)]
 
     def _flush(self) -> None:
         """Make the steps that wait in one sweep: each scales the weights, then moves them."""
@@ -179,7 +208,7 @@ class _Replay:
         self._batch.clear()
 
 
-def _recorded_tensors(weights: Weights, header: dict[str, Any]) -> list[Tensor]:
+def recorded_tensors(weights: Weights, header: dict[str, Any]) -> list[Tensor]:
     """The tensors that the run trained, in its order, checked against the header."""
     if isinstance(weights, nn.Module):
         weights = dict(weights.named_parameters())
@@ -226,7 +255,7 @@ def _look_up(by_name: dict[str, Tensor], name: str) -> Tensor | None:
     return by_name.get(plain_name(name)) if tensor is None else tensor
 
 
-def _method(header: dict[str, Any]) -> type[ZOOptimizer]:
+def method_of(header: dict[str, Any]) -> type[ZOOptimizer]:
     """The class that makes the run's directions and applies its estimates."""
     classes = {"ZOOptimizer": ZOOptimizer}
     waiting: list[type[ZOOptimizer]] = [ZOOptimizer]

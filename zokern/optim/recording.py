@@ -42,9 +42,9 @@ class Recorder:
         if self._trajectory is None or (self._attached and self.has_begun):
             return
         if not self.has_begun:
-            _check_start(optimizer)
+            check_start(optimizer)
         self._trajectory.attach(
-            _describe(optimizer),
+            describe(optimizer),
             optimizer.run["step"],
             owner=self,
             may_rewind=self._may_rewind,
@@ -59,7 +59,7 @@ class Recorder:
             check_run(self._trajectory.header, _of_run(optimizer))
             lrs = tuple(float32(float(group["lr"])) for group in optimizer.param_groups)
             record = Record(tuple(gradient), tuple(gradient.values()), lrs if gradient else ())
-            self._trajectory.append(record, _settings(optimizer), owner=self)
+            self._trajectory.append(record, settings_of(optimizer), owner=self)
 
     def withdraw(self) -> None:
         """Take the last step back, which was not made after all."""
@@ -67,7 +67,7 @@ class Recorder:
             self._trajectory.withdraw()
 
 
-def _check_start(optimizer: ZOOptimizer) -> None:
+def check_start(optimizer: ZOOptimizer) -> None:
     """A replay begins with the parameters alone: nothing beside them may hold part of the run."""
     for member in optimizer._displacement.members:
         master, residual, momentum = member.master, member.residual, member.momentum
@@ -96,7 +96,7 @@ def _of_run(optimizer: ZOOptimizer) -> dict[str, Any]:
     }
 
 
-def _describe(optimizer: ZOOptimizer) -> dict[str, Any]:
+def describe(optimizer: ZOOptimizer) -> dict[str, Any]:
     """What the header says of the run; a checksum of the weights at rest is part of it."""
     run = optimizer.run
     names = {id(param): name for name, param in named(optimizer.param_groups)}
@@ -113,7 +113,7 @@ def _describe(optimizer: ZOOptimizer) -> dict[str, Any]:
     }
 
 
-def _settings(optimizer: ZOOptimizer) -> dict[str, Any]:
+def settings_of(optimizer: ZOOptimizer) -> dict[str, Any]:
     """What else a replay must know of a step; a trajectory notes it where it changes."""
     groups = [
         {
