@@ -7,7 +7,9 @@
 #              (five to fifteen minutes on two cores)
 # make bench   every operation beside what users run instead (nine minutes), under pytest-benchmark
 # make report  the README's performance section and plot, from benchmarks/results/
-# make wheel   a wheel in dist/
+# make wheel   a source distribution and, built from it, a wheel in dist/
+# make matrix  one wheel beside other versions of torch: make matrix PYTHONS='env-a/bin/python ...'
+# make docs    the documentation as a site, in docs/_build/html
 # make format  format the sources
 #
 # Another torch: make test TORCH='torch==2.11.0'.  Another Python: make test PYTHON=python3.12.
@@ -21,7 +23,7 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test check demo compare precisions zopro align bench report wheel format clean
+.PHONY: test check demo compare precisions zopro align bench report wheel matrix docs format clean
 
 test: check $(VENV)/test
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -53,8 +55,14 @@ bench: $(VENV)/bench
 report: $(VENV)/bench
 	$(BIN)/python -m zokern.bench.report
 
-wheel: $(VENV)/torch
-	$(BIN)/pip wheel --no-deps -w dist .
+wheel: $(VENV)/dev
+	$(BIN)/python -m build
+
+matrix: $(VENV)/test
+	$(BIN)/python -m tests.matrix $(or $(PYTHONS),$(BIN)/python)
+
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -W --keep-going -n -b html docs docs/_build/html
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
@@ -62,7 +70,7 @@ format: $(VENV)/dev
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf build dist zokern/*.so zokern.egg-info $(VENV)
+	rm -rf build dist docs/_build zokern/*.so zokern.egg-info $(VENV)
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +82,6 @@ $(VENV)/zokern: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-$(VENV)/dev $(VENV)/test $(VENV)/bench $(VENV)/examples: $(VENV)/zokern
+$(VENV)/dev $(VENV)/test $(VENV)/bench $(VENV)/docs $(VENV)/examples: $(VENV)/zokern
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(notdir $@)]'
 	touch $@
