@@ -62,7 +62,7 @@ matrix: $(VENV)/test
 	$(BIN)/python -m tests.matrix $(or $(PYTHONS),$(BIN)/python)
 
 docs: $(VENV)/docs
-	$(BIN)/python -m sphinx -W --keep-going -n -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
