@@ -20,9 +20,9 @@ class EMAAdamW(MergingAdamW):
         \theta &\leftarrow (1 - \mathrm{lr} \cdot \mathrm{wd}) (\theta + \Delta) \\
         \theta &\leftarrow \theta + \eta \, (\theta_\mathrm{ref} - \theta)
 
-    in one sweep, with Adam's step :math:`\Delta` as :class:`zokern.OnDAREAdamW` takes it. The arguments
+    in one sweep, with Adam's step :math:`\Delta` as :class:`zokern.OnDAREAdamW` takes it.
     ``params``, ``lr``, ``betas``, ``eps``, ``weight_decay``, ``correct_bias``, ``param_name_map``,
-    ``precision``, ``state_dtype``, ``maximize`` and ``capturable`` are its too.
+    ``precision``, ``state_dtype``, ``maximize`` and ``capturable`` are its arguments too.
 
     Args:
         pull: η, from 0 to 1.
