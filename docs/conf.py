@@ -27,7 +27,7 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_use_rtype = False
 nitpicky = True
-nitpick_ignore_regex = [(".*", r"(?!zokern\.).*")]
+nitpick_ignore_regex = [("py:.*", r"(?!zokern\.).*")]
 
 ROOT = Path(__file__).parent.parent
 # Pages that lie elsewhere in the repository, by the name of the page that stands for them.

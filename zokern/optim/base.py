@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from zokern.optim.compiled import untraced
 from zokern.optim.displacement import Coefficients, Displacement, Member
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.layerwise import LayerwiseDisplacement
@@ -338,6 +339,7 @@ class ZOOptimizer(ZOState):
         self._opt_called = True
         return result
 
+    @untraced
     @torch.no_grad()
     def step(self, closure: Callable[[], Loss] | None = None) -> Tensor:  # type: ignore[override]
         """One step: evaluate the closure at each point, estimate, update.
