@@ -3,6 +3,7 @@
 Each ``PYTHON`` is the interpreter of an environment that has a torch, pytest and numpy, and Triton
 or not. A wheel is built for each version of Python, without torch, installed beside that torch,
 and the smoke part of the tests runs against it, away from the sources. Prints what ran on what.
+(The interpreter of Triton 3.6, which the tests run on a CPU, takes NumPy below 2.4.)
 """
 
 import argparse
@@ -87,6 +88,7 @@ def main() -> None:
             wheel = wheel_for(python, wheels)
             result = f"{wheel.name}: {smoke(python, wheel)}"
         except (OSError, subprocess.CalledProcessError) as error:
+            print(getattr(error, "stdout", None) or "", file=sys.stderr)
             versions, result, failed = [name], f"FAILED: {error}", True
         lines.append(", ".join([*versions, result]))
     print("\n".join(lines))
