@@ -8,7 +8,9 @@
 # make bench   every operation beside what users run instead (nine minutes), under pytest-benchmark
 # make report  the README's performance section and plot, from benchmarks/results/
 # make audit   what the GPU kernels' machine code costs, with no GPU (a few minutes)
-# make wheel   a wheel in dist/
+# make wheel   a source distribution and, built from it, a wheel in dist/
+# make matrix  one wheel beside other versions of torch: make matrix PYTHONS='env-a/bin/python ...'
+# make docs    the documentation as a site, in docs/_build/html
 # make format  format the sources
 #
 # Another torch: make test TORCH='torch==2.11.0'.  Another Python: make test PYTHON=python3.12.
@@ -22,7 +24,7 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test check demo compare precisions zopro align bench report audit wheel format clean
+.PHONY: test check demo compare precisions zopro align bench report audit wheel matrix docs format clean
 
 test: check $(VENV)/test
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -57,8 +59,14 @@ report: $(VENV)/bench
 audit: $(VENV)/test
 	$(BIN)/python -m benchmarks.audit
 
-wheel: $(VENV)/torch
-	$(BIN)/pip wheel --no-deps -w dist .
+wheel: $(VENV)/dev
+	$(BIN)/python -m build
+
+matrix: $(VENV)/test
+	$(BIN)/python -m tests.matrix $(or $(PYTHONS),$(BIN)/python)
+
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
@@ -66,7 +74,7 @@ format: $(VENV)/dev
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf build dist zokern/*.so zokern.egg-info $(VENV)
+	rm -rf build dist docs/_build zokern/*.so zokern.egg-info $(VENV)
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -78,6 +86,6 @@ $(VENV)/zokern: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-$(VENV)/dev $(VENV)/test $(VENV)/bench $(VENV)/examples: $(VENV)/zokern
+$(VENV)/dev $(VENV)/test $(VENV)/bench $(VENV)/docs $(VENV)/examples: $(VENV)/zokern
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(notdir $@)]'
 	touch $@

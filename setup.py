@@ -3,7 +3,9 @@
 The environment variables that steer it are described in ``zokern/env.py``.
 """
 
+import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -13,6 +15,8 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
@@ -126,11 +130,12 @@ def write_rules(writer, compiler: str, nvcc: str | None) -> None:
 
 def write_objects(writer, build: Path, includes: list[str], nvcc: str | None) -> list[str]:
     cxx_flags = [*CXX_FLAGS, *includes, *(["-DZOKERN_WITH_CUDA"] if nvcc else [])]
+    instruction_sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {}
     objects = []
     for source in sorted(CSRC.rglob("*.c*")):
         target = f"{build / source.relative_to(CSRC)}.o"
         if source.suffix == ".cpp":
-            flags = [*cxx_flags, *INSTRUCTION_SETS.get(source.stem, [])]
+            flags = [*cxx_flags, *instruction_sets.get(source.stem, [])]
             writer.build(target, "cxx", str(source), variables={"flags": " ".join(flags)})
         elif source.suffix == ".cu" and nvcc:
             writer.build(target, "nvcc", str(source))
@@ -160,16 +165,49 @@ class NinjaBuild(build_ext):
         subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)], check=True)
 
 
+def write_commit(folder: Path) -> None:
+    """For ``zokern.commit``, where ``folder`` is not a checkout: it holds the built package."""
+    spec = importlib.util.spec_from_file_location("commit", ROOT / "zokern" / "commit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (folder / module.WRITTEN.name).write_text(f"{module.commit() or ''}\n")
+
+
+class BuildWithCommit(build_py):
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            write_commit(Path(self.build_lib) / "zokern")
+
+
+class SdistWithCommit(sdist):
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        write_commit(Path(base_dir) / "zokern")
+
+
+def why_not_native() -> str | None:
+    if sys.platform == "win32":
+        return "the native core needs POSIX threads"
+    if find_compiler() is None:
+        return "there is no C++ compiler; set CXX or install one"
+    return None
+
+
 def native_extensions() -> list[Extension]:
     wanted = choice("ZOKERN_NATIVE", "auto", ("auto", "0", "1"))
     if wanted == "0":
         return []
-    if find_compiler() is None:
-        if wanted == "1":
-            sys.exit("ZOKERN_NATIVE=1, but there is no C++ compiler; set CXX or install one")
-        print("zokern: no C++ compiler found, building without the native core", file=sys.stderr)
-        return []
-    return [Extension("zokern._C", sources=[])]
+    reason = why_not_native()
+    if reason is None:
+        return [Extension("zokern._C", sources=[])]
+    if wanted == "1":
+        sys.exit(f"ZOKERN_NATIVE=1, but {reason}")
+    print(f"zokern: {reason}. Building without the native core", file=sys.stderr)
+    return []
 
 
-setup(ext_modules=native_extensions(), cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=native_extensions(),
+    cmdclass={"build_ext": NinjaBuild, "build_py": BuildWithCommit, "sdist": SdistWithCommit},
+)

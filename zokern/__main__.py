@@ -11,6 +11,7 @@ import torch
 import zokern
 from zokern import backends
 from zokern.commands import add_merge, add_replay
+from zokern.commit import commit
 
 
 def _version(package: str) -> str:
@@ -42,6 +43,7 @@ def report() -> str:
     """The versions, the backends for each kind of device, and the details of the native core."""
     rows = [
         ("zokern", zokern.__version__),
+        ("commit", commit() or "unknown"),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
         ("triton", _version("triton")),

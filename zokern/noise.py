@@ -4,7 +4,7 @@ A weight's noise depends on the run's seed, the draw, the parameter's name and t
 in the full tensor, and on nothing else. It is Philox4x32-10 (Salmon et al., SC'11) under one of
 these laws:
 
-=============  =============================================================================
+============== =============================================================================
 ``gauss16``    moment-matched Gaussian from 16 bits: mean 0, variance 1 to 6e-8, fourth and
                sixth moments those of N(0, 1) to 1e-6, \\|z\\| ≤ 4.324, Kolmogorov-Smirnov
                distance to N(0, 1) 2.0e-4. The default
@@ -13,7 +13,7 @@ these laws:
 ``rademacher`` +1 or -1
 ``uniform32``  words of 32 bits: a Bernoulli(p) mask keeps an element iff word < ⌊p·2^32⌋
 ``rounding16`` 16 bits for stochastic rounding
-=============  =============================================================================
+============== =============================================================================
 
 The moment-matched directions are i.i.d., symmetric and bounded; Stein's identity holds for them
 only approximately. Take ``normal`` where the tails matter.

@@ -4,14 +4,13 @@ import datetime
 import os
 import platform
 import re
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import zokern
 from zokern import backends
+from zokern.commit import commit
 
 # Where the processor does not say how large its last cache is.
 CPU_CACHE = 1 << 25
@@ -36,7 +35,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "zokern": zokern.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "backend": backends.select(device).__name__.rpartition(".")[2],
         "date": datetime.date.today().isoformat(),
     }
@@ -106,18 +105,3 @@ def _triton_version() -> str | None:
     except ImportError:
         return None
     return triton.__version__
-
-
-def _commit() -> str | None:
-    """Of the checkout that zokern lies in, if it does."""
-    root = Path(zokern.__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"],
-            cwd=root, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return run.stdout.strip()

@@ -38,7 +38,7 @@ def magnitude_threshold(
 ) -> Thresholds:
     """The thresholds that keep exactly the k elements of largest magnitude, without a sort.
 
-    With values v = x, or x - base in float32, the k-th largest |v| is the threshold t, and an
+    With values v = x, or x - base in float32, the k-th largest ``|v|`` is the threshold t, and an
     element of index i (in row-major order) is kept iff ::
 
         |v[i]| > t    or    |v[i]| == t and i < cut

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zokern.distributed import Ranks
 from zokern.optim import agreement
+from zokern.optim.compiled import untraced
 from zokern.optim.displacement import Coefficients, Displacement, Member
 from zokern.optim.interrupts import Postponed, uninterrupted
 from zokern.optim.layerwise import LayerwiseDisplacement
@@ -407,6 +408,7 @@ class ZOOptimizer(ZOState):
         self._opt_called = True
         return result
 
+    @untraced
     @torch.no_grad()
     def step(self, closure: Callable[[], Loss] | None = None) -> Tensor:  # type: ignore[override]
         """One step: evaluate the closure at each point, estimate, update.

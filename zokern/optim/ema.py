@@ -21,13 +21,13 @@ class EMAAdamW(MergingAdamW):
         \theta &\leftarrow \theta + \eta \, (\theta_\mathrm{ref} - \theta)
 
     in one sweep, with Adam's step :math:`\Delta` as :class:`zokern.OnDAREAdamW` takes it.
+    ``params``, ``lr``, ``betas``, ``eps``, ``weight_decay``, ``correct_bias``, ``param_name_map``,
+    ``precision``, ``state_dtype``, ``maximize`` and ``capturable`` are its arguments too.
 
     Args:
         pull: η, from 0 to 1.
         reference: whose weights :math:`\theta_\mathrm{ref}` are kept, in their own dtype: a module,
             a state dict or the path of a safetensors checkpoint.
-        params, lr, betas, eps, weight_decay, correct_bias, param_name_map, precision, state_dtype,
-            maximize, capturable: as for :class:`zokern.OnDAREAdamW`.
 
     Raises:
         ValueError, TypeError: for an argument out of range, naming it, and for weights of the

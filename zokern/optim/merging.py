@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zokern import ops
 from zokern.merging import AdamNumbers, AdamSteps, Mask, MergeStep, SparseTau
+from zokern.optim.compiled import untraced
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.merging_groups import Group, check_group, check_paper, numbers_of
 from zokern.optim.merging_state import MergingState
@@ -102,6 +103,7 @@ class MergingAdamW(MergingState):
             if param.requires_grad
         ]
 
+    @untraced
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, of the parameters that have gradients.
 

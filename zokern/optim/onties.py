@@ -36,15 +36,16 @@ class OnTIESAdamW(MergingAdamW):
     top-p Adam. Adam's first step gives nearly equal magnitudes everywhere, of which the mask then
     takes the first. α·τ is not scaled by lr.
 
-    A constructor call of QwenLM's ``online_merging.OnTIESAdamW`` does the same here.
+    A constructor call of QwenLM's ``online_merging.OnTIESAdamW`` does the same here. The arguments
+    ``params``, ``lr``, ``betas``, ``eps``, ``weight_decay``, ``correct_bias``,
+    ``no_deprecation_warning``, ``param_name_map``, ``use_merge``, ``alpha``, ``online_step``,
+    ``semantics``, ``reference``, ``base``, ``seed``, ``precision``, ``state_dtype``, ``maximize``
+    and ``capturable`` are those of :class:`zokern.OnDAREAdamW`; nothing is drawn at random.
 
     Args:
         reserve_p: p, above 0 and at most 1. Where ⌊p·n⌋ is 0, the published code masks nothing, and
             so does this, with a warning.
         rescale: multiply T_p(τ) and T_p(Δ) of each tensor by Σ|x| / Σ|T_p(x)|. Not in the paper.
-        params, lr, betas, eps, weight_decay, correct_bias, no_deprecation_warning, param_name_map,
-            use_merge, alpha, online_step, semantics, reference, base, seed, precision, state_dtype,
-            maximize, capturable: as for :class:`zokern.OnDAREAdamW`; nothing is drawn at random.
 
     Raises:
         ValueError, TypeError: for an argument out of range, naming it, and for weights of the
