@@ -1,6 +1,9 @@
 """The examples of the documents are Python, and run with the names that they take for granted."""
 
+import copy
 import re
+import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,10 @@ def names(folder: Path) -> dict:
         "x": x,
         "y": y,
         "loss_fn": nn.functional.cross_entropy,
+        "own_x": x,
+        "own_y": y,
+        "messages": [],
+        "copy_of_model": copy.deepcopy(model),
         "evaluate": lambda point: nn.functional.cross_entropy(model(x), y).item(),
         "checkpoint": {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
         "base": models[0].state_dict(),
@@ -63,13 +70,45 @@ def record(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
     model.load_state_dict(rest)
 
 
+def for_a_trainer() -> dict:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8,
+    )  # fmt: skip
+    return {
+        "TrainingArguments": partial(
+            transformers.TrainingArguments, use_cpu=True, max_steps=2, report_to="none"
+        ),
+        "model": transformers.BertForSequenceClassification(config),
+        "DPOTrainer": transformers.Trainer,
+        "dataset": [{"input_ids": [i, i + 1], "labels": i % 2} for i in range(16)],
+    }
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """What torchrun tells a process that has the group for itself."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    told = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(("file", "code"), EXAMPLES)
-def test_examples_run(file, code, tmp_path, monkeypatch):
+def test_examples_run(file, code, tmp_path, monkeypatch, alone):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     given = names(tmp_path)
     if "zokern.replay(" in code:
         record(given["base_model"], given["x"], given["y"])
+    if "ZOTrainer" in code:
+        given |= for_a_trainer()
     exec(compile(code, str(file), "exec"), given)
 
 
