@@ -140,11 +140,15 @@ def test_what_there_is_is_shown_when_somebody_interrupts(monkeypatch, capsys, tm
     with pytest.raises(SystemExit) as end:
         call(monkeypatch, *small, "--json", tmp_path)
     assert end.value.code == 130
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *small, "--json", tmp_path / "own.json")
+    written = json.loads((tmp_path / "own.json").read_text())
+    assert {run["operation"] for run in written["operations"]} == {"sweep"}
     printed = capsys.readouterr().out
     assert "skipped: the rest: interrupted" in printed
     assert "sweep, one direction" in printed
     assert "split" not in printed
-    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_run_is_named_with_the_reason(monkeypatch):
@@ -388,3 +392,11 @@ def test_the_report_writes_readme_and_plot(monkeypatch, tmp_path, operations, st
 def test_dtypes_are_known_to_every_operation():
     for operation in OPERATIONS.values():
         assert set(operation.dtypes) <= DTYPES.keys()
+
+
+@pytest.mark.parametrize("option", ["--plot=x.foo", "--json=folder"])
+def test_files_of_other_kinds_are_refused_before_anything_is_timed(option, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench", "--device=cpu", option])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "ends with none of" in capsys.readouterr().err

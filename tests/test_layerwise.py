@@ -625,3 +625,15 @@ def test_half_precision_is_layerwise_where_the_module_is_given(caplog):
     assert same(weights(model), before)
     without = zokern.MeZO(make_model(torch.bfloat16).named_parameters(), lr=1e-3)
     assert (without.run["precision"], without.run["stochastic_rounding"]) == ("auto", False)
+
+
+@pytest.mark.parametrize("assigned", [True, False])
+def test_parameters_that_were_replaced_are_named(assigned):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    optimizer = make(model)
+    if assigned:
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    else:
+        model[1] = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=rf"{4 if assigned else 2} of the optimizer's 4 param"):
+        optimizer.step(lambda: model(torch.ones(2, 4)).square().mean())

@@ -401,3 +401,52 @@ def test_an_optimizer_is_freed_when_it_is_dropped():
         assert alive() is None
     finally:
         gc.enable()
+
+
+KEPT = [
+    {"precision": "split"},
+    {"precision": "split8", "layerwise": True},
+    {"precision": "split8"},
+    {"precision": "master"},
+]
+
+
+@pytest.mark.parametrize("arguments", KEPT, ids=lambda given: " ".join(map(str, given.values())))
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.float(),
+        lambda model: setattr(model[0].weight, "data", torch.zeros_like(model[0].weight)),
+    ],
+    ids=["float32", "other data"],
+)
+def test_weights_of_another_kind_or_place_need_a_refresh(arguments, change):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).bfloat16()
+    optimizer = zokern.MeZO(model.named_parameters(), 1e-2, seed=0, module=model, **arguments)
+
+    def loss() -> torch.Tensor:
+        return model(torch.ones(2, 4, dtype=model[0].weight.dtype)).float().square().mean()
+
+    optimizer.step(loss)
+    change(model)
+    changed = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match=r"0\.weight has a .*refresh"):
+        optimizer.step(loss)
+    assert all(map(torch.equal, model.parameters(), changed.parameters()))
+    optimizer.refresh()
+    fresh = zokern.MeZO(changed.named_parameters(), 1e-2, seed=0, module=changed, **arguments)
+    fresh.run.update(draws=optimizer.run["draws"], roundings=optimizer.run["roundings"])
+    optimizer.step(loss)
+    model, trained = changed, model
+    fresh.step(loss)
+    assert all(map(torch.equal, trained.parameters(), changed.parameters()))
+
+
+def test_layerwise_weights_that_became_float32():
+    model = nn.Linear(4, 3).bfloat16()
+    optimizer = zokern.MeZO(model.named_parameters(), 1e-2, seed=0, module=model)
+    optimizer.step(lambda: model(torch.ones(2, 4).bfloat16()).float().square().mean())
+    model.float()
+    before = model.weight.detach().clone()
+    optimizer.step(lambda: model(torch.ones(2, 4)).square().mean())
+    assert not torch.equal(model.weight, before)

@@ -160,3 +160,16 @@ def test_a_dispatch_mode_sees_the_operator():
     assert seen.names == ["zokern::perturb_"]
     ops.perturb_([other], [0], [1.0], seed=0)
     assert torch.equal(weight, other)
+
+
+@pytest.mark.parametrize("perturb_", [ops.perturb_, ops.Sweeper().perturb_])
+def test_what_cannot_be_swept(perturb_):
+    freed = torch.ones(100)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"params\[0\].*memory was freed"):
+        perturb_([freed], [0], [1.0], seed=0)
+    with pytest.raises(ValueError, match=r"masters\[0\].*memory was freed"):
+        perturb_([torch.ones(100)], [0], [1.0], seed=0, masters=[freed])
+    with pytest.raises(TypeError, match="only strided tensors"):
+        perturb_([torch.ones(8).to_sparse()], [0], [1.0], seed=0)
+    perturb_([torch.ones(8, device="meta")], [0], [1.0], seed=0)

@@ -262,6 +262,8 @@ def check_plain(tensor: Tensor) -> None:
         raise TypeError(f"it is a {kind}: give the local tensor that it wraps, with shards=")
     if tensor.layout != torch.strided:
         raise TypeError(f"its layout is {tensor.layout}: only strided tensors are swept")
+    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() < _end(tensor):
+        raise ValueError("its memory was freed, or ends before its last element")
 
 
 def check_strided(tensor: Tensor) -> None:
@@ -347,12 +349,20 @@ def check_disjoint(operands: Operands) -> None:
 def span(tensor: Tensor) -> tuple[int, int]:
     """The addresses that a tensor's elements lie between."""
     start = tensor.data_ptr()
+    return start, start + _extent(tensor) * tensor.element_size()
+
+
+def _extent(tensor: Tensor) -> int:
+    """How many elements of its memory a tensor reaches over."""
     if tensor.is_contiguous():
-        return start, start + tensor.numel() * tensor.element_size()
-    last = sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    return start, start + (last + 1) * tensor.element_size()
+        return tensor.numel()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in steps)
+
+
+def _end(tensor: Tensor) -> int:
+    """The byte of its storage that it ends before."""
+    return int(tensor.storage_offset() + _extent(tensor)) * tensor.element_size()
 
 
 def _significant_strides(tensor: Tensor) -> list[int]:

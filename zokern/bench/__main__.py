@@ -96,10 +96,14 @@ def _plan(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan:
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch finds no CUDA GPU here; there is cpu")
-    for option in ("json", "plot"):
+    for option, kinds in (("json", (".json",)), ("plot", (".png", ".svg", ".pdf"))):
         path = getattr(given, option)
-        if path is not None and not path.resolve().parent.is_dir():
+        if path is None or (option == "json" and path.is_dir()):
+            continue
+        if not path.resolve().parent.is_dir():
             parser.error(f"argument --{option}: there is no folder {path.resolve().parent}")
+        if path.suffix not in kinds:
+            parser.error(f"argument --{option}: {str(path)!r} ends with none of {', '.join(kinds)}")
     if given.plot and given.ops == [END_TO_END]:
         parser.error("argument --plot: whole steps are not drawn; add other operations to --ops")
     own = DEFAULTS[device]
@@ -154,11 +158,10 @@ def main() -> None:
         results = run(plan)
     except ImportError as error:
         sys.exit(f"{parser.prog}: {error}; pip install 'zokern[bench]' has what it needs")
-    if REST in results["skipped"]:
-        _show(results)
-        sys.exit(128 + signal.SIGINT)
-    if given.json:
-        folder = given.json.is_dir()
+    interrupted = REST in results["skipped"]
+    folder = given.json is not None and given.json.is_dir()
+    # Half a run does not replace a machine's results.
+    if given.json and not (interrupted and folder):
         path = given.json / machine.file_name(results["machine"]) if folder else given.json
         path.write_text(json.dumps(results, indent=1) + "\n")
     if given.plot:
@@ -166,6 +169,8 @@ def main() -> None:
 
         plot([results], given.plot)
     _show(results)
+    if interrupted:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

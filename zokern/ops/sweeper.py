@@ -81,7 +81,7 @@ class Sweeper:
         """The same by numbers that :func:`read_numbers` has read, for several sweeps perhaps."""
         places: dict[str, Any] = {"tensor_ids": tensor_ids, "shards": shards}
         tensors = Operands(params, residuals, masters, outs, dense, rows)
-        if _is_looked_on():
+        if _is_looked_on() or not all(map(_has_address, tensors.all())):
             run_operator(operator_calls(numbers, law, params, **tensors.beside, **places))
             return
         key = law, numbers.rounding is None, masters is None, outs is None, len(dense)
@@ -115,6 +115,12 @@ class Operands:
     def beside(self) -> dict[str, Any]:
         """Those beside the params, by their names."""
         return {key: value for key, value in vars(self).items() if key != "params"}
+
+    def all(self) -> Iterator[Tensor]:
+        for tensors in (self.params, self.residuals, self.masters, self.outs, self.rows):
+            yield from (t for t in tensors or () if t is not None)
+        for vectors in self.dense:
+            yield from vectors
 
     def forms(self) -> Iterator[tuple | None]:
         """Where each tensor lies, and how."""
@@ -180,6 +186,10 @@ class _Part:
             None if update.momenta is None else self._own(update.momenta),
             update.sign,
         )
+
+
+def _has_address(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta
 
 
 def _is_looked_on() -> bool:

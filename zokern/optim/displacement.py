@@ -114,6 +114,9 @@ class Displacement:
     def check(self, named_params: Sequence[tuple[str, Tensor]]) -> None:
         """Raises ValueError if it could not displace these parameters."""
 
+    def settle(self) -> None:
+        """End what an evaluation has left under way."""
+
     def move(
         self,
         target: Coefficients,

@@ -134,6 +134,10 @@ class LayerwiseDisplacement(Displacement):
             assert made is not None
             self._view.show(Point(*made[:2], seed, law))
 
+    def settle(self) -> None:
+        if self._view is not None:
+            self._view.end_all()
+
     def keep(self, wanted: Callable[[Member], bool]) -> None:
         self._leave()
         super().keep(wanted)
@@ -230,12 +234,16 @@ class View:
 
     def show(self, point: Point) -> None:
         """From now on the parameters seem to be there."""
-        # What a closure has caught may have ended a forward without its hook.
-        while self._running:
-            self._end(self._running.pop())
+        self.end_all()
         self._point = point
         # A cast that autocast has kept would show the weights of before.
         torch.clear_autocast_cache()
+
+    def end_all(self) -> None:
+        """What a closure has caught may have ended a forward without its hook."""
+        with uninterrupted():
+            while self._running:
+                self._end(self._running.pop())
 
     def close_with(self, owner: object) -> None:
         """Also when the owner is dropped, in the middle of a forward too."""
@@ -478,6 +486,11 @@ def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
     an attention costs less than one for each of its projections.
     """
     tree = Tree(module, index)
+    if len(tree.sizes) < len(index):
+        raise ValueError(
+            f"{len(index) - len(tree.sizes)} of the optimizer's {len(index)} parameters are no "
+            "longer in module=: modules were replaced, or weights assigned; make a new optimizer"
+        )
     share = tree.chunk if tree.has_chunks else min(tree.chunk, tree.size(tree.sizes) * SHARE)
     bound = max(share, *map(tree.size, tree.own.values()))
     seen: set[int] = set()

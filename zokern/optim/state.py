@@ -79,7 +79,8 @@ class ZOState(Optimizer):
 
     def _rounding(self) -> int | None:
         """The draw of a sweep's stochastic rounding."""
-        if not self.run["stochastic_rounding"]:
+        params = (member.param for member in self._displacement.members)
+        if not self.run["stochastic_rounding"] or all(p.dtype == torch.float32 for p in params):
             return None
         number = self.run[ROUNDINGS]
         self._update_run(**{ROUNDINGS: number + 1})
@@ -217,14 +218,15 @@ class ZOState(Optimizer):
         self._displacement = self._displacement.fresh()
         for _, param in named(self.param_groups):
             state = self.state[param]
-            if "master" in state:
-                state["master"].copy_(param.detach())
-            if "residual" in state:
-                state["residual"].zero_()
+            # They may have another dtype or memory format now.
+            for key in VALUE_KEYS:
+                state.pop(key, None)
+            self._own_state(param)
             self._versions.note([param])
 
     def _check_untouched(self) -> None:
         """Moving on would overwrite what somebody has written to the weights, or mix the two."""
+        self._displacement.settle()
         touched = self._touched()
         if touched is None:
             return

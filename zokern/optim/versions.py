@@ -1,7 +1,8 @@
-"""Notices when somebody else writes to weights, by torch's version counters."""
+"""Notices when somebody else writes to weights or replaces them: version counters, addresses."""
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 
@@ -9,7 +10,7 @@ class Versions:
     """The versions of parameters when the optimizer last knew what they held."""
 
     def __init__(self) -> None:
-        self._known: dict[int, int] = {}
+        self._known: dict[int, tuple[int, int]] = {}
 
     def note(self, params: Iterable[Tensor]) -> None:
         """They hold what the optimizer has written, or has just been given."""
@@ -31,6 +32,9 @@ class Versions:
         return self._known.get(id(param)) != _version(param)
 
 
-def _version(param: Tensor) -> int:
-    # Inference tensors count no versions.
-    return -1 if param.is_inference() else param._version
+def _version(param: Tensor) -> tuple[int, int]:
+    """How often it was written to, and where it lies: ``.data`` may be another tensor's."""
+    # A parameter that is watched keeps its address to itself.
+    with torch._C.DisableTorchFunctionSubclass():
+        # Inference tensors count no versions.
+        return -1 if param.is_inference() else param._version, param.data_ptr()
