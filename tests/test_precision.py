@@ -421,6 +421,9 @@ KEPT = [
     ids=["float32", "other data"],
 )
 def test_weights_of_another_kind_or_place_need_a_refresh(arguments, change):
+    # In bfloat16 a smaller ε may not be seen, and nothing be learned.
+    arguments = arguments | {"eps": 0.1}
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).bfloat16()
     optimizer = zokern.MeZO(model.named_parameters(), 1e-2, seed=0, module=model, **arguments)
 
