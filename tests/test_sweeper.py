@@ -173,3 +173,14 @@ def test_what_cannot_be_swept(perturb_):
     with pytest.raises(TypeError, match="only strided tensors"):
         perturb_([torch.ones(8).to_sparse()], [0], [1.0], seed=0)
     perturb_([torch.ones(8, device="meta")], [0], [1.0], seed=0)
+
+
+def test_lists_that_their_owner_changes():
+    sweeper = ops.Sweeper()
+    mine, ids, shards = torch.zeros(10), [1], [(0, 10, 10)]
+    for _ in range(2):
+        other = mine.clone()
+        sweeper.perturb_([mine], [0], [1.0], seed=0, tensor_ids=ids, shards=shards)
+        ops.perturb_([other], [0], [1.0], seed=0, tensor_ids=ids, shards=shards)
+        assert torch.equal(mine, other)
+        ids[0], shards[0] = 2, (80, 10, 10)

@@ -101,10 +101,6 @@ class Scratch:
         if not buffer.is_shared:
             self._free.append(buffer)
 
-    def clear(self) -> None:
-        """Let go of what is not lent."""
-        self._free.clear()
-
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT

@@ -85,7 +85,9 @@ class Sweeper:
             run_operator(operator_calls(numbers, law, params, **tensors.beside, **places))
             return
         key = law, numbers.rounding is None, masters is None, outs is None, len(dense)
-        signature = [tensor_ids, shards, *tensors.forms()]
+        # Copies: the caller's lists may hold other numbers the next time.
+        numbered = [None if given is None else list(given) for given in places.values()]
+        signature = [*numbered, *tensors.forms()]
         known, parts = self._known.get(key, (None, []))
         if known != signature:
             calls = operator_calls(numbers, law, params, **tensors.beside, **places)
