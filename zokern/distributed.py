@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zokern.sharding import device_of
+
 # Of a message, in words of 8 bytes. More losses than fit follow in a second collective.
 WORDS = 64
 _HEADER = struct.Struct("qqq")
@@ -133,7 +135,7 @@ class Ranks:
             raise RuntimeError(f"this rank stops because others have failed: {'; '.join(errors)}")
 
     def _gather_words(self, own: bytes, words: int) -> list[bytes]:
-        device = self._device()
+        device = device_of(self._group)
         sent = torch.frombuffer(bytearray(own.ljust(8 * words, b"\0")), dtype=torch.int64)
         received = torch.empty(self.size, words, dtype=torch.int64, device=device)
         dist.all_gather(list(received.unbind()), sent.to(device), group=self._group)
@@ -145,14 +147,6 @@ class Ranks:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, own, group=self._group)
         return gathered
-
-    def _device(self) -> torch.device:
-        """Where the group's backend takes tensors: a processor's memory if it can."""
-        config = dist.get_backend_config(self._group)
-        devices = [part.partition(":")[0] for part in config.split(",")]
-        if "cpu" in devices:
-            return torch.device("cpu")
-        return torch.device(devices[0], torch.get_device_module(devices[0]).current_device())
 
     def __deepcopy__(self, memo: dict) -> "Ranks":
         return self
