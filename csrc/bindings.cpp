@@ -32,7 +32,7 @@ struct SweepTensors {
 };
 
 SweepTensors make_sweep_tensors(const Pointers& params, const Pointers& residuals,
-                                const Pointers& masters, const Pointers& outs,
+                                const Pointers& masters, const Ints& outs,
                                 const std::vector<std::vector<Dense>>& dense, const Ints& numels,
                                 const Ints& offsets, const Ints& row_lengths,
                                 const Ints& row_strides, const Pointers& rows,
@@ -58,12 +58,38 @@ SweepTensors make_sweep_tensors(const Pointers& params, const Pointers& residual
     return made;
 }
 
-Sweep make_sweep(const SweepTensors& tensors, const Pointers& momenta,
-                 const std::vector<int>& coeff_rows, const Floats& decays, const Floats& steps,
-                 int law, uint64_t seed, Ints draws, Floats coeffs, Floats scales, int64_t rest,
-                 bool sign, Floats gradient, int64_t rounding, bool plain) {
-    Sweep sweep;
+// A sweep and where its tensors' outs are counted from.
+struct PackedSweep : Sweep {
+    uintptr_t outs = 0;
+
+    void move_outs(uintptr_t to) {
+        if (to == outs) return;
+        for (SweepTensor& tensor : tensors)
+            tensor.out = reinterpret_cast<void*>(uintptr_t(tensor.out) - outs + to);
+        outs = to;
+    }
+
+    // By one row of numbers for all tensors.
+    void renumber(uintptr_t to, uint64_t new_seed, Ints new_draws, Floats new_coeffs,
+                  Floats new_scales) {
+        move_outs(to);
+        for (SweepTensor& tensor : tensors) tensor.row = 0;
+        seed = new_seed;
+        draws = std::move(new_draws);
+        coeffs = std::move(new_coeffs);
+        scales = std::move(new_scales);
+        rest = int64_t(draws.size());
+    }
+};
+
+PackedSweep make_sweep(const SweepTensors& tensors, uintptr_t outs, const Pointers& momenta,
+                       const std::vector<int>& coeff_rows, const Floats& decays,
+                       const Floats& steps, int law, uint64_t seed, Ints draws, Floats coeffs,
+                       Floats scales, int64_t rest, bool sign, Floats gradient, int64_t rounding,
+                       bool plain) {
+    PackedSweep sweep;
     sweep.tensors = tensors.tensors;
+    sweep.move_outs(outs);
     sweep.law = Law(law);
     sweep.seed = seed;
     for (size_t i = 0; i < sweep.tensors.size(); ++i) {
@@ -221,12 +247,14 @@ PYBIND11_MODULE(_C, m) {
              py::arg("masters"), py::arg("outs"), py::arg("dense"), py::arg("numels"),
              py::arg("offsets"), py::arg("row_lengths"), py::arg("row_strides"), py::arg("rows"),
              py::arg("tensor_ids"), py::arg("storages"));
-    py::class_<Sweep>(m, "Sweep")
-        .def(py::init(&make_sweep), py::kw_only(), py::arg("tensors"), py::arg("momenta"),
-             py::arg("coeff_rows"), py::arg("decays"), py::arg("steps"), py::arg("law"),
-             py::arg("seed"), py::arg("draws"), py::arg("coeffs"), py::arg("scales"),
-             py::arg("rest"), py::arg("sign"), py::arg("gradient"), py::arg("rounding"),
-             py::arg("plain"));
+    py::class_<Sweep>(m, "AnySweep");
+    py::class_<PackedSweep, Sweep>(m, "Sweep")
+        .def(py::init(&make_sweep), py::kw_only(), py::arg("tensors"), py::arg("outs"),
+             py::arg("momenta"), py::arg("coeff_rows"), py::arg("decays"), py::arg("steps"),
+             py::arg("law"), py::arg("seed"), py::arg("draws"), py::arg("coeffs"),
+             py::arg("scales"), py::arg("rest"), py::arg("sign"), py::arg("gradient"),
+             py::arg("rounding"), py::arg("plain"))
+        .def("renumber", &PackedSweep::renumber);
     py::class_<Products>(m, "Products")
         .def(py::init(&make_products), py::kw_only(), py::arg("vectors"), py::arg("numels"),
              py::arg("offsets"), py::arg("row_lengths"), py::arg("row_strides"),

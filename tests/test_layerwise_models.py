@@ -11,8 +11,16 @@ import zokern
 from tests.test_layerwise import is_clean, make
 from tests.test_peft import TOKENS, make_decoder, make_lora
 from tests.zo import loss_of, make_model, same, weights
+from zokern.optim import layers
 
 transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def word_embeddings_are_large(monkeypatch):
+    """Beside those of positions, of which half are below this in half precision."""
+    monkeypatch.setattr(layers, "FEW_ROWS", 3000)
+
 
 SMALL = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32}

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 import mmap
 import sys
 from collections.abc import Hashable, Iterator, Sequence
@@ -60,10 +61,13 @@ class Buffer:
 
     def _cut(self, likes: Sequence[Tensor]) -> Iterator[Tensor]:
         begin = 0
+        of_dtype: dict[torch.dtype, Tensor] = {}
         for like in likes:
-            end = begin + like.numel() * like.element_size()
-            yield self.memory[begin:end].view(like.dtype).view(like.shape)
-            begin = _aligned(end)
+            if like.dtype not in of_dtype:
+                of_dtype[like.dtype] = self.memory.view(like.dtype)
+            strides = like.stride() if like.is_contiguous() else _strides(like.shape)
+            yield of_dtype[like.dtype].as_strided(like.shape, strides, begin // like.itemsize)
+            begin += _aligned(like.nbytes)
 
     @property
     def is_shared(self) -> bool:
@@ -82,7 +86,7 @@ class Scratch:
 
     def lend(self, likes: Sequence[Tensor]) -> Buffer:
         """One that tensors of these shapes and dtypes, of one device, can be cut from."""
-        size = sum(_aligned(like.numel() * like.element_size()) for like in likes)
+        size = sum(_aligned(like.nbytes) for like in likes)
         device = likes[0].device
         own = [i for i, buffer in enumerate(self._free) if buffer.memory.device == device]
         own.sort(key=lambda i: self._free[i].memory.numel())
@@ -100,6 +104,11 @@ class Scratch:
         """Of which the borrower keeps nothing; it is lent again unless somebody else does."""
         if not buffer.is_shared:
             self._free.append(buffer)
+
+
+def _strides(shape: torch.Size) -> list[int]:
+    """Of a contiguous tensor."""
+    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
 
 
 def _aligned(size: int) -> int:

@@ -82,6 +82,11 @@ class Sweep:
     kept: dict[str, Any] | None = None
 
     @property
+    def is_packed(self) -> bool:
+        """Whether a backend has made something of all its tensors, which are contiguous then."""
+        return bool(self.kept) and (self.update is None or self.update.momenta is None)
+
+    @property
     def is_plain(self) -> bool:
         """Whether it only moves parameters along noise, and rounds them to nearest."""
         moves = self.masters is None and self.update is None and not self.dense
@@ -138,10 +143,6 @@ class InnerProducts:
 def row_major(sweep: Sweep) -> Iterator[Sweep]:
     """The sweep over operands that are contiguous; those that it writes are written back."""
     update = sweep.update
-    if sweep.kept and (update is None or update.momenta is None):
-        # It was made of contiguous ones.
-        yield sweep
-        return
     contiguous = RowMajor()
     if update is not None and update.momenta is not None:
         update = replace(update, momenta=[contiguous(momentum) for momentum in update.momenta])

@@ -6,6 +6,9 @@ A backend is a package with the functions
 - ``why_not_by_default(device)``: likewise, for the automatic choice;
 - ``perturb_(sweep)``, ``inner_products(products)``, ``sample(law, numel, ...)``: the operations of
   :mod:`zokern.ops`;
+- ``prepare(sweep)``, which not every backend has: a function of the outs and of the draws, coeffs,
+  scales and seed in :class:`zokern.ops.SweepNumbers` that runs a sweep into outs again, by one row
+  of numbers for all tensors, into outs that lie to each other as the sweep's do;
 - ``select(selection)``: float32 thresholds, int64 cuts and the float32 largest magnitudes (NaN
   where a value is), and ``l1_sums(sums)``: those of :mod:`zokern.ops.magnitudes`, on the tensors'
   device;
@@ -15,6 +18,7 @@ A backend is a package with the functions
 To add one, write the package and put its name into ``ORDER``.
 """
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -28,6 +32,7 @@ ORDER = ("native", "triton", "reference")
 _chosen: str | None = None
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     if name not in ORDER:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(ORDER)}")

@@ -11,7 +11,7 @@ from zokern.ops.noise import noise_sample
 from zokern.ops.products import inner_products
 from zokern.ops.steps import check_merge_step, merge_step_
 from zokern.ops.storage import stored_value
-from zokern.ops.sweeper import Sweeper
+from zokern.ops.sweeper import Sweeper, forms_of
 from zokern.ops.sweeps import SweepNumbers, perturb_, read_numbers
 from zokern.sweep import Update
 
@@ -22,6 +22,7 @@ __all__ = [
     "adam_threshold",
     "check_merge_step",
     "difference_threshold",
+    "forms_of",
     "inner_products",
     "l1_sums",
     "magnitude_threshold",

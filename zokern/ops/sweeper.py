@@ -1,16 +1,18 @@
 """Sweeps over the same tensors again and again."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from zokern import backends
 from zokern.arguments import Numbers, Shards, pick, tensor_list
 from zokern.checks import check_form, check_memory, check_update
 from zokern.ops.sweeps import (
     SweepNumbers,
+    note_writes,
     operator_calls,
     read_numbers,
     run,
@@ -33,6 +35,7 @@ class Sweeper:
 
     def __init__(self) -> None:
         self._known: dict[tuple, tuple[list | None, list[_Part]]] = {}
+        self._prepared: Prepared | None = None
 
     def perturb_(
         self,
@@ -97,6 +100,19 @@ class Sweeper:
         with torch.no_grad():
             for sweep in sweeps:
                 run(sweep)
+        self._prepared = None
+        if outs is not None and rows is None and len(sweeps) == 1:
+            self._prepared = Prepared.of(sweeps[0])
+
+    def again(self, outs: list[Tensor], numbers: SweepNumbers) -> bool:
+        """The last sweep by other numbers, into outs that lie to each other as those did.
+
+        What it reads must lie where it lay, and the backend be the same: the caller knows.
+
+        Returns:
+            Whether it could be done so; if not, nothing has been done.
+        """
+        return self._prepared is not None and self._prepared.run(outs, numbers)
 
     def __reduce__(self) -> tuple:
         return Sweeper, ()
@@ -124,19 +140,16 @@ class Operands:
         for vectors in self.dense:
             yield from vectors
 
-    def forms(self) -> Iterator[tuple | None]:
-        """Where each tensor lies, and how."""
-        for tensors in (
-            self.params,
-            self.residuals,
-            self.masters,
-            self.outs,
-            self.rows,
-            *self.dense,
-        ):
-            if tensors is not None:
-                for t in tensors:
-                    yield None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride())
+    def forms(self) -> list:
+        given = (self.params, self.residuals, self.masters, self.outs, self.rows, *self.dense)
+        return forms_of(t for tensors in given if tensors is not None for t in tensors)
+
+
+def forms_of(tensors: Iterable[Tensor | None]) -> list:
+    """Where each tensor lies, and how; the backend that was asked for."""
+    forms: list = [backends.chosen()]
+    forms += [None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
+    return forms
 
 
 class _Part:
@@ -145,14 +158,20 @@ class _Part:
     def __init__(self, members: list[int], sweep: Sweep) -> None:
         check_memory(sweep)
         self._members = members
-        nothing: dict[str, Any] = {"params": [], "residuals": [], "rows": [], "dense": []}
-        self._checked = replace(sweep, **nothing, masters=None, outs=None, update=None, kept={})
+        self._none: list[Tensor | None] = [None] * len(members)
+        self._rounds = sweep.rounding is not None
+        self._places: dict[str, Any] = {
+            "tensor_ids": sweep.tensor_ids,
+            "shards": sweep.shards,
+            "law": sweep.law,
+            "kept": {},
+        }
 
     def sweep(self, tensors: Operands, numbers: SweepNumbers) -> Sweep:
         """Of these tensors, by these numbers."""
-        none: list[Tensor | None] = [None] * len(self._members)
-        sweep = replace(
-            self._checked,
+        none = self._none
+        sweep = Sweep(
+            **self._places,
             params=self._own(tensors.params),
             residuals=none if tensors.residuals is None else self._own(tensors.residuals),
             masters=None if tensors.masters is None else self._own(tensors.masters),
@@ -164,7 +183,7 @@ class _Part:
             scales=self._rows(numbers.scales or [[1.0] * len(numbers.draws)]),
             rest=numbers.rest,
             update=None if numbers.update is None else self._update(numbers.update),
-            rounding=None if self._checked.rounding is None else numbers.rounding,
+            rounding=numbers.rounding if self._rounds else None,
             seed=numbers.seed,
         )
         check_form(sweep)
@@ -175,7 +194,7 @@ class _Part:
         return sweep
 
     def _own(self, entries: Sequence[T]) -> list[T]:
-        return pick(entries, self._members)
+        return list(entries) if len(entries) == len(self._members) else pick(entries, self._members)
 
     def _rows(self, rows: Sequence[Sequence[float]]) -> list[Sequence[float]]:
         return [*rows] * len(self._members) if len(rows) == 1 else self._own(rows)
@@ -188,6 +207,27 @@ class _Part:
             None if update.momenta is None else self._own(update.momenta),
             update.sign,
         )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sweep into outs that a backend can run again without a look at its tensors."""
+
+    run_again: Callable[[list[Tensor], SweepNumbers], None]
+
+    @staticmethod
+    def of(sweep: Sweep) -> "Prepared | None":
+        prepare = getattr(backends.select(sweep.params[0].device), "prepare", None)
+        return Prepared(prepare(sweep)) if sweep.is_packed and prepare is not None else None
+
+    def run(self, outs: list[Tensor], numbers: SweepNumbers) -> bool:
+        """By one row of numbers, along noise, to nearest; or not at all."""
+        is_plain = len(numbers.coeffs) == 1 and min(numbers.draws, default=0) >= 0
+        if not is_plain or numbers.rounding is not None or _is_looked_on():
+            return False
+        self.run_again(outs, numbers)
+        note_writes(outs)
+        return True
 
 
 def _has_address(tensor: Tensor) -> bool:

@@ -292,10 +292,12 @@ def _perturb_kernel(params: list[Tensor], *arguments) -> None:
 def run(sweep: Sweep) -> None:
     """Run a sweep that has passed all checks."""
     backends.select(sweep.params[0].device).perturb_(sweep)
-    # The dispatcher leaves this to the kernels; autograd notices stale saved tensors by it.
-    torch.autograd.graph.increment_version(
-        [tensor for _, _, tensor in sweep.written() if not tensor.is_inference()]
-    )
+    note_writes(tensor for _, _, tensor in sweep.written())
+
+
+def note_writes(tensors: Iterable[Tensor]) -> None:
+    """Autograd notices stale saved tensors by it; the dispatcher leaves it to the kernels."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 @torch.library.register_fake("zokern::perturb_")

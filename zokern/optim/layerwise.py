@@ -12,7 +12,7 @@ a weight larger than ``CHUNK`` is evaluated in chunks of its rows.
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
@@ -36,15 +36,8 @@ from zokern.optim.displacement import (
     never,
 )
 from zokern.optim.interrupts import uninterrupted
+from zokern.optim.layers import Layer, chunk_of, is_chunked, layers
 from zokern.optim.watched import Watched, check_unwatched, unwatch, watch
-
-# In bytes, by device. A processor's are as large as its caches, so that what is written there is
-# read there.
-CHUNK = {"cpu": 1 << 25, "cuda": 1 << 28}
-SHARE = 1 / 24
-SMALL = 1 / 16
-# These have one operation for all of their parts.
-WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class Point:
@@ -76,8 +69,7 @@ class LayerwiseDisplacement(Displacement):
         super().__init__()
         self.module = module
         self._view: View | None = None
-        # What views of the same layers have in common.
-        self._sweepers: dict[Hashable, ops.Sweeper] = {}
+        self._sweepers = Sweepers()
 
     @property
     def is_beside_rest(self) -> bool:
@@ -153,14 +145,6 @@ class LayerwiseDisplacement(Displacement):
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
-    """A module whose forward reads parameters, and which of the members they are."""
-
-    module: nn.Module
-    members: list[int]
-
-
-@dataclass(frozen=True, eq=False)
 class Source:
     """What is perturbed together: members, or a part of one."""
 
@@ -183,6 +167,29 @@ class Lent:
     buffer: Buffer | None = None
 
 
+class Sweepers:
+    """Those of a module's sources, kept as long as its parameters lie where they lay."""
+
+    def __init__(self) -> None:
+        self._forms: list = []
+        self._of_source: dict[Hashable, ops.Sweeper] = {}
+
+    def begin(self, members: list[Member], params: list[Tensor]) -> None:
+        """A view of these members, as which their own parameters are stored."""
+        residuals = [member.residual for member in members]
+        dense = [vector for member in members for vector in member.dense]
+        forms = [member.tensor_id for member in members]
+        forms += ops.forms_of([*params, *residuals, *dense])
+        if forms != self._forms:
+            self._forms, self._of_source = forms, {}
+
+    def of(self, source: Source) -> ops.Sweeper:
+        return self._of_source.setdefault(source.key, ops.Sweeper())
+
+    def __reduce__(self) -> tuple:
+        return Sweepers, ()
+
+
 class Hook:
     """Runs before or after a layer's forward; a copy of the module has none."""
 
@@ -200,17 +207,16 @@ class Hook:
 class View:
     """What a module's readers see of its parameters until it is closed."""
 
-    def __init__(
-        self, module: nn.Module, members: list[Member], sweepers: dict[Hashable, ops.Sweeper]
-    ) -> None:
+    def __init__(self, module: nn.Module, members: list[Member], sweepers: Sweepers) -> None:
         for member in members:
             check_unwatched(member.param)
         self._module = module
         self._members = members
-        self._sweepers = sweepers
         self._index = {id(member.param): i for i, member in enumerate(members)}
         check_aliases(module, [member.param for member in members])
         self._stored = [member.param.data for member in members]
+        self._sweepers = sweepers
+        self._sweepers.begin(members, self._stored)
         # What the parameters hold instead: who reads it behind torch's back is not to miss it.
         self._hidden = _nan_like(self._stored)
         self._scratch = Scratch()
@@ -371,12 +377,14 @@ class View:
     def _sweep(self, source: Source, outs: list[Tensor], rows: list[Tensor] | None = None) -> None:
         point = self._point
         assert point is not None
-        if source.key not in self._sweepers:
-            self._sweepers[source.key] = ops.Sweeper()
+        sweeper, numbers = self._sweepers.of(source), point.numbers(source.members)
+        # Picked rows are other tensors each time.
+        if rows is None and sweeper.again(outs, numbers):
+            return
         has_slots = any(draw < 0 for draw in point.draws)
-        self._sweepers[source.key].sweep(
+        sweeper.sweep(
             source.params,
-            point.numbers(source.members),
+            numbers,
             law=point.law,
             tensor_ids=source.tensor_ids,
             shards=source.shards,
@@ -443,7 +451,7 @@ class View:
         count, width = weight.shape
         if isinstance(bias, Watched):
             bias, _ = self.lend(bias)
-        step = max(1, _chunk_of(weight) // (width * weight.element_size()))
+        step = max(1, chunk_of(weight) // (width * weight.element_size()))
         result = None
         # A graph for gradients would keep them.
         keep = not _keeps_what_it_reads()
@@ -478,99 +486,6 @@ class View:
         return Source(key, [i], [param], [residual], [dense], [member.tensor_id], [shard])
 
 
-def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
-    """The modules before whose forward members of the index are written, each once.
-
-    As few as do with a buffer for the largest of those that cannot be divided, for a chunk where
-    there are chunks, or for ``SHARE`` of all parameters if that is less than a chunk: one write for
-    an attention costs less than one for each of its projections.
-    """
-    tree = Tree(module, index)
-    if len(tree.sizes) < len(index):
-        raise ValueError(
-            f"{len(index) - len(tree.sizes)} of the optimizer's {len(index)} parameters are no "
-            "longer in module=: modules were replaced, or weights assigned; make a new optimizer"
-        )
-    share = tree.chunk if tree.has_chunks else min(tree.chunk, tree.size(tree.sizes) * SHARE)
-    bound = max(share, *map(tree.size, tree.own.values()))
-    seen: set[int] = set()
-
-    def visit(module: nn.Module) -> Iterator[Layer]:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        whole = tree.inside[id(module)]
-        if _is_whole(module) or (_has_forward(module) and tree.size(whole) <= bound):
-            if whole:
-                yield Layer(module, sorted(whole))
-            return
-        mine, children = tree.own[id(module)], list(module.children())
-        if _has_forward(module):
-            # Norms and the like are written with whom they belong to.
-            small = [child for child in children if not _is_whole(child)]
-            small = [c for c in small if tree.size(tree.inside[id(c)]) <= bound * SMALL]
-            added = set().union(*(tree.inside[id(child)] for child in small))
-            if tree.size(added) <= bound * SMALL:
-                mine = mine | added
-                seen.update(id(inner) for child in small for inner in child.modules())
-        if mine:
-            yield Layer(module, sorted(mine))
-        for child in children:
-            yield from visit(child)
-
-    return list(visit(module))
-
-
-class Tree:
-    """Which members the modules of a tree read as a whole, by the modules' ids."""
-
-    def __init__(self, module: nn.Module, index: dict[int, int]) -> None:
-        self._index = index
-        # Inside, no operation can be given the part that it reads.
-        self._compiled = {
-            id(inner) for it in module.modules() if is_compiled(it) for inner in it.modules()
-        }
-        # In bytes, by member.
-        self.sizes: dict[int, int] = {}
-        # What a module's forward reads, and that with the modules inside.
-        self.own: dict[int, set[int]] = {}
-        self.inside: dict[int, set[int]] = {}
-        self.chunk, self.has_chunks = 0, False
-        self._add(module)
-
-    def size(self, members: Iterable[int]) -> float:
-        return sum(self.sizes[i] for i in members)
-
-    def _add(self, module: nn.Module) -> set[int]:
-        if id(module) not in self.inside:
-            own = set(self._read_by(module))
-            inside = own.union(*map(self._add, module.children()))
-            self.inside[id(module)] = inside
-            self.own[id(module)] = inside if _is_whole(module) else own
-        return self.inside[id(module)]
-
-    def _read_by(self, module: nn.Module) -> Iterator[int]:
-        for param in module._parameters.values():
-            i = None if param is None else self._index.get(id(param))
-            if param is None or i is None:
-                continue
-            self.sizes[i] = param.numel() * param.element_size()
-            self.chunk = _chunk_of(param)
-            if id(module) in self._compiled or not _is_read_in_parts(module, param):
-                yield i
-            elif isinstance(module, nn.Linear):
-                self.has_chunks = True
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward
-
-
-def _is_whole(module: nn.Module) -> bool:
-    """Whether it reads the parameters of its parts itself, or lets nothing be hooked inside."""
-    return is_compiled(module) or isinstance(module, WHOLE)
-
-
 def _keeps_what_it_reads() -> bool:
     """Whether what is read now may be wanted again after the layer's forward, or is wrapped.
 
@@ -597,19 +512,3 @@ def _in_functorch() -> bool:
 def _outside_functorch() -> AbstractContextManager:
     """What is made inside belongs to no transformation that is under way."""
     return temporarily_clear_interpreter_stack() if _in_functorch() else nullcontext()
-
-
-def _is_read_in_parts(module: nn.Module, param: Tensor) -> bool:
-    """Whether its own forward can do with less than the whole parameter."""
-    if isinstance(module, nn.Embedding):
-        return module.max_norm is None
-    return isinstance(module, nn.Linear) and is_chunked(param)
-
-
-def is_chunked(param: Tensor) -> bool:
-    size = param.numel() * param.element_size()
-    return param.dim() == 2 and param.is_contiguous() and size > _chunk_of(param)
-
-
-def _chunk_of(param: Tensor) -> int:
-    return CHUNK.get(param.device.type, CHUNK["cuda"])

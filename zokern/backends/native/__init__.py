@@ -16,7 +16,7 @@ else:
     from zokern.backends.native.l1 import l1_sums
     from zokern.backends.native.merging import merge_step_
     from zokern.backends.native.noise import sample
-    from zokern.backends.native.perturb import perturb_
+    from zokern.backends.native.perturb import perturb_, prepare
     from zokern.backends.native.products import inner_products
     from zokern.backends.native.selection import select
 
@@ -26,6 +26,7 @@ __all__ = [
     "merge_deltas",
     "merge_step_",
     "perturb_",
+    "prepare",
     "sample",
     "select",
     "why_not",

@@ -1,7 +1,8 @@
 """The fused sweep, by the native core."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +24,35 @@ STORAGES = {
 
 
 def perturb_(sweep: Sweep) -> None:
-    device = sweep.params[0].device
+    if sweep.is_packed:
+        _run(sweep)
+        return
     with row_major(sweep) as contiguous:
-        if device.type == "cpu":
-            _C.cpu_sweep(pack(contiguous), cpu_capability(), torch.get_num_threads())
-        else:
-            with torch.cuda.device(device):
-                stream = torch.cuda.current_stream().cuda_stream
-                _C.cuda_sweep(pack(contiguous), device.index, stream)
+        _run(contiguous)
+
+
+def _run(contiguous: Sweep) -> None:
+    _launch(pack(contiguous), contiguous.params[0].device)
+
+
+def _launch(packed: _C.Sweep, device: torch.device) -> None:
+    if device.type == "cpu":
+        _C.cpu_sweep(packed, cpu_capability(), torch.get_num_threads())
+    else:
+        with torch.cuda.device(device):
+            _C.cuda_sweep(packed, device.index, torch.cuda.current_stream().cuda_stream)
+
+
+def prepare(sweep: Sweep) -> Callable[[list[Tensor], Any], None]:
+    packed, device = pack(sweep), sweep.params[0].device
+
+    def run_again(outs: list[Tensor], numbers: Any) -> None:
+        coeffs = numbers.coeffs[0]
+        scales = numbers.scales[0] if numbers.scales else [1.0] * len(coeffs)
+        packed.renumber(_first_address(outs), numbers.seed, numbers.draws, coeffs, scales)
+        _launch(packed, device)
+
+    return run_again
 
 
 def pack(sweep: Sweep) -> _C.Sweep:
@@ -48,6 +70,7 @@ def pack(sweep: Sweep) -> _C.Sweep:
     )
     return _C.Sweep(
         tensors=kept["native"],
+        outs=_first_address(sweep.outs or []),
         momenta=[m.data_ptr() for m in momenta or []],
         coeff_rows=row_of,
         decays=[] if update is None else update.decays,
@@ -66,11 +89,13 @@ def pack(sweep: Sweep) -> _C.Sweep:
 
 
 def _pack_tensors(sweep: Sweep) -> _C.SweepTensors:
+    first = _first_address(sweep.outs or [])
     return _C.SweepTensors(
         params=[p.data_ptr() for p in sweep.params],
         residuals=[0 if r is None else r.data_ptr() for r in sweep.residuals],
         masters=[m.data_ptr() for m in sweep.masters or []],
-        outs=[out.data_ptr() for out in sweep.outs or []],
+        # Relative to the first, which may lie elsewhere the next time.
+        outs=[out.data_ptr() - first for out in sweep.outs or []],
         dense=[[address(vector) for vector in vectors] for vectors in sweep.dense],
         numels=[p.numel() for p in sweep.params],
         offsets=[s.offset for s in sweep.shards],
@@ -85,10 +110,17 @@ def _pack_tensors(sweep: Sweep) -> _C.SweepTensors:
     )
 
 
+def _first_address(tensors: Sequence[Tensor]) -> int:
+    # Tensors without elements have none.
+    return next((address for tensor in tensors if (address := tensor.data_ptr())), 0)
+
+
 def _distinct_rows(
     *columns: Sequence[Sequence[float]],
 ) -> tuple[list[int], list[list[float]]]:
     """Which row is each tensor's, and of each column the distinct rows, one after another."""
+    if all(row is column[0] for column in columns for row in column):
+        return [0] * len(columns[0]), [list(column[0]) for column in columns]
     by_identity: dict[tuple[int, ...], int] = {}
     by_value: dict[tuple[float, ...], int] = {}
     flat: list[list[float]] = [[] for _ in columns]

@@ -1,0 +1,137 @@
+"""Which modules of a model are written at once, before whose forward, for layerwise evaluation."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from zokern.optim.compiled import is_compiled
+
+# In bytes, by device. A processor's are as large as its caches, so that what is written there is
+# read there.
+CHUNK = {"cpu": 1 << 25, "cuda": 1 << 28}
+SHARE = 1 / 24
+SMALL = 1 / 16
+# Of an embedding: a smaller one is written as a whole, which is less work than a look for its rows.
+FEW_ROWS = 1 << 21
+# These have one operation for all of their parts.
+WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A module whose forward reads parameters, and which of the members they are."""
+
+    module: nn.Module
+    members: list[int]
+
+
+def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
+    """The modules before whose forward members of the index are written, each once.
+
+    As few as do with a buffer for the largest of those that cannot be divided, for a chunk where
+    there are chunks, or for ``SHARE`` of all parameters if that is less than a chunk: one write for
+    an attention costs less than one for each of its projections.
+    """
+    tree = Tree(module, index)
+    if len(tree.sizes) < len(index):
+        raise ValueError(
+            f"{len(index) - len(tree.sizes)} of the optimizer's {len(index)} parameters are no "
+            "longer in module=: modules were replaced, or weights assigned; make a new optimizer"
+        )
+    share = tree.chunk if tree.has_chunks else min(tree.chunk, tree.size(tree.sizes) * SHARE)
+    bound = max(share, *map(tree.size, tree.own.values()))
+    seen: set[int] = set()
+
+    def visit(module: nn.Module) -> Iterator[Layer]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        whole = tree.inside[id(module)]
+        if tree.is_whole(module) or (_has_forward(module) and tree.size(whole) <= bound):
+            if whole:
+                yield Layer(module, sorted(whole))
+            return
+        mine, children = tree.own[id(module)], _children(module)
+        if _has_forward(module):
+            # Norms and the like are written with whom they belong to.
+            small = [child for child in children if not tree.is_whole(child)]
+            small = [c for c in small if tree.size(tree.inside[id(c)]) <= bound * SMALL]
+            added = set().union(*(tree.inside[id(child)] for child in small))
+            if tree.size(added) <= bound * SMALL:
+                mine = mine | added
+                seen.update(id(inner) for child in small for inner in child.modules())
+        if mine:
+            yield Layer(module, sorted(mine))
+        for child in children:
+            yield from visit(child)
+
+    return list(visit(module))
+
+
+class Tree:
+    """Which members the modules of a tree read as a whole, by the modules' ids."""
+
+    def __init__(self, module: nn.Module, index: dict[int, int]) -> None:
+        self._index = index
+        compiled = [it for it in module.modules() if is_compiled(it)]
+        self._compiled = {id(it) for it in compiled}
+        # Where no operation can be given the part that it reads.
+        self._inside_compiled = {id(inner) for it in compiled for inner in it.modules()}
+        # In bytes, by member.
+        self.sizes: dict[int, int] = {}
+        # What a module's forward reads, and that with the modules inside.
+        self.own: dict[int, set[int]] = {}
+        self.inside: dict[int, set[int]] = {}
+        self.chunk, self.has_chunks = 0, False
+        self._add(module)
+
+    def size(self, members: Iterable[int]) -> float:
+        return sum(self.sizes[i] for i in members)
+
+    def is_whole(self, module: nn.Module) -> bool:
+        """Whether it reads the parameters of its parts itself, or lets nothing be hooked inside."""
+        return id(module) in self._compiled or isinstance(module, WHOLE)
+
+    def _add(self, module: nn.Module) -> set[int]:
+        if id(module) not in self.inside:
+            own = set(self._read_by(module))
+            inside = own.union(*map(self._add, _children(module)))
+            self.inside[id(module)] = inside
+            self.own[id(module)] = inside if self.is_whole(module) else own
+        return self.inside[id(module)]
+
+    def _read_by(self, module: nn.Module) -> Iterator[int]:
+        for param in module._parameters.values():
+            i = None if param is None else self._index.get(id(param))
+            if param is None or i is None:
+                continue
+            self.sizes[i] = param.nbytes
+            self.chunk = chunk_of(param)
+            if id(module) in self._inside_compiled or not _is_read_in_parts(module, param):
+                yield i
+            elif isinstance(module, nn.Linear):
+                self.has_chunks = True
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module._modules.values() if child is not None]
+
+
+def _is_read_in_parts(module: nn.Module, param: Tensor) -> bool:
+    """Whether its own forward can do with less than the whole parameter."""
+    if isinstance(module, nn.Embedding):
+        return module.max_norm is None and param.nbytes > FEW_ROWS
+    return isinstance(module, nn.Linear) and is_chunked(param)
+
+
+def is_chunked(param: Tensor) -> bool:
+    return param.dim() == 2 and param.is_contiguous() and param.nbytes > chunk_of(param)
+
+
+def chunk_of(param: Tensor) -> int:
+    return CHUNK.get(param.device.type, CHUNK["cuda"])
