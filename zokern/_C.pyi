@@ -28,6 +28,7 @@ class Sweep:
         self,
         *,
         tensors: SweepTensors,
+        outs: int,
         momenta: list[int],
         coeff_rows: list[int],
         decays: Sequence[float],
@@ -42,6 +43,9 @@ class Sweep:
         gradient: list[float],
         rounding: int,
         plain: bool,
+    ) -> None: ...
+    def renumber(
+        self, outs: int, seed: int, draws: list[int], coeffs: list[float], scales: list[float]
     ) -> None: ...
 
 class Products:

@@ -14,7 +14,7 @@ class Versions:
 
     def note(self, params: Iterable[Tensor]) -> None:
         """They hold what the optimizer has written, or has just been given."""
-        self._known.update((id(param), _version(param)) for param in params)
+        self._known.update(_versions(params))
 
     def forget(self) -> None:
         """Their content may be anybody's."""
@@ -22,19 +22,22 @@ class Versions:
 
     def all_known(self, params: Iterable[Tensor]) -> bool:
         """Whether none of them was written to since it was noted."""
-        return not any(self.changed(param) for param in params)
+        return all(self._known.get(key) == version for key, version in _versions(params).items())
 
     def knows(self, param: Tensor) -> bool:
         return id(param) in self._known
 
     def changed(self, param: Tensor) -> bool:
         """Whether it was written to since it was noted, or never noted."""
-        return self._known.get(id(param)) != _version(param)
+        return not self.all_known([param])
 
 
-def _version(param: Tensor) -> tuple[int, int]:
-    """How often it was written to, and where it lies: ``.data`` may be another tensor's."""
+def _versions(params: Iterable[Tensor]) -> dict[int, tuple[int, int]]:
+    """How often each was written to, and where it lies: ``.data`` may be another tensor's."""
     # A parameter that is watched keeps its address to itself.
     with torch._C.DisableTorchFunctionSubclass():
         # Inference tensors count no versions.
-        return -1 if param.is_inference() else param._version, param.data_ptr()
+        return {
+            id(param): (-1 if param.is_inference() else param._version, param.data_ptr())
+            for param in params
+        }
