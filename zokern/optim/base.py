@@ -1,7 +1,6 @@
 """The optimizer that every zeroth-order method extends: ask, tell and step."""
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -24,11 +23,12 @@ from zokern.optim.probe import SAMPLE, fidelity
 from zokern.optim.randomness import RandomState
 from zokern.optim.recording import Recorder
 from zokern.optim.rules import float32
-from zokern.optim.settings import COUNTERS, run_settings
+from zokern.optim.settings import COUNTERS, check_step, run_settings
 from zokern.optim.state import ZOState
 from zokern.optim.steps import Estimate, Method, Move, OpenStep, StepResult
 from zokern.optim.versions import Versions
 from zokern.trajectory import Trajectory
+from zokern.warn import warn
 
 # Below this the rounded probe is warned about.
 LEAST_FIDELITY = 0.99
@@ -208,6 +208,7 @@ class ZOOptimizer(ZOState):
         return self._visit(self._open, self._open.round)
 
     def _begin(self) -> OpenStep:
+        check_step(self.param_groups)
         from_rest = self._displacement.at_rest
         self._check_untouched()
         members = self._members()
@@ -494,7 +495,7 @@ class ZOOptimizer(ZOState):
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            warn(message, RuntimeWarning)
 
 
 class _FlushBefore:
