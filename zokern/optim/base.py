@@ -137,6 +137,7 @@ class ZOOptimizer(ZOState):
             }
             super().__init__(params, defaults)
             held = [tensor for state in self.state.values() for tensor in state.values()]
+            self._prepare()
             params = [param for _, param in named(self.param_groups)]
             if stochastic_rounding and all(param.dtype == torch.float32 for param in params):
                 raise ValueError(
@@ -149,6 +150,12 @@ class ZOOptimizer(ZOState):
         run_seed, self._is_recorded = agreement.agree(self, seed, records=trajectory is not None)
         self._run_defaults["seed"] = run_seed
         self._update_run(seed=run_seed)
+
+    def _prepare(self) -> None:
+        """Check ``settings`` and make what the method keeps; the other ranks learn what it raises.
+
+        At the end of the constructor: the parameters are there.
+        """
 
     def _method(self, step: OpenStep) -> Method:
         """One step, written as a generator.
