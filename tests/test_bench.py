@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import zokern
+from zokern.backends import triton
 from zokern.bench import __main__ as command
 from zokern.bench import goals, machine, memory, models, peers, report
 from zokern.bench.comparison import COPY, DTYPES, IN_PLACE, OURS, Setting, Unavailable, bandwidth
@@ -199,6 +200,8 @@ def test_the_command_lists_what_there_is(monkeypatch, capsys):
         (["--model", "gpt-5"], "argument --model: invalid choice: 'gpt-5'"),
         (["--numel", "0"], "argument --numel: '0' is no positive integer"),
         (["--numel", "many"], "argument --numel: 'many' is no positive integer"),
+        (["--numel", "1.5"], "argument --numel: '1.5' is no positive integer"),
+        (["--numel", "inf"], "argument --numel: 'inf' is no positive integer"),
         (["--ops", "split8", "--dtype", "fp32"], "none of split8 is for fp32"),
         (["--ops", "step", "--plot", "plot.png"], "whole steps are not drawn"),
         (["--json", "/nowhere/at/all.json"], "argument --json: there is no folder /nowhere/at"),
@@ -211,6 +214,24 @@ def test_bad_arguments_get_one_error(monkeypatch, capsys, arguments, message):
     said = capsys.readouterr().err
     assert message in said
     assert said.count("error:") == 1
+
+
+@pytest.mark.parametrize("text", ["1024", "2^10", "1.024e3", "1024.0"])
+def test_counts_are_whole_numbers_in_any_notation(text):
+    assert command._count(text) == 1024
+
+
+@pytest.mark.parametrize("way", ["argument", "environment"])
+def test_a_backend_that_cannot_run_on_the_device_gets_one_error(monkeypatch, capsys, way):
+    monkeypatch.setattr(triton, "why_not", lambda device: "it is not for that")
+    arguments = ["--backend", "triton"] if way == "argument" else []
+    if way == "environment":
+        monkeypatch.setenv("ZOKERN_BACKEND", "triton")
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, "--device", "cpu", *arguments)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: the backend 'triton' cannot run on cpu: it is not for that" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -165,6 +165,25 @@ def mine(rank: int, value: Any, other: Any) -> Any:
     return value if dist.get_rank() == rank else other
 
 
+VECTORS: dict[str, Any] = {
+    "previous_update": {name: torch.ones(3) for name in "ab"},
+    "reward_delta": {name: torch.ones(3) for name in "ab"},
+    "total_steps": 9,
+}
+# What a rank is refused, what the others are given, and what is said.
+INVALID: dict[str, tuple[type, dict[str, Any], dict[str, Any], str]] = {
+    "eps": (zokern.MeZO, {"eps": -1.0}, {}, "eps must be positive"),
+    "candidates": (zokern.FZOO, {"candidates": 1}, {}, "candidates must be an integer"),
+    "elite": (zokern.MeZOGV, {"elite": 0.1}, {}, "elite=0.1 makes 0 of 2 candidates"),
+    "angle": (zokern.ConMeZO, {"angle": 2.0}, {}, "angle must be between 0 and π/2"),
+    "decay": (zokern.ZOPrO, {"decay": "slow"}, VECTORS, "decay must be 'linear' or 'exp'"),
+    "vectors": (
+        zokern.ZOPrO, {"reward_delta": {"a": torch.ones(3)}}, VECTORS,
+        "reward_delta has no entry for ['b']",
+    ),
+}  # fmt: skip
+
+
 def disagreeing() -> dict[str, str]:
     def build(
         names: str = "ab", shape: tuple = (3,), dtype: torch.dtype = torch.float32, **arguments: Any
@@ -181,7 +200,12 @@ def disagreeing() -> dict[str, str]:
         "seed": error_of(lambda: build(seed=mine(1, 7, None))),
         "methods": error_of(lambda: build(cls=mine(1, zokern.MeZOGV, zokern.MeZO))),
         "parallel": error_of(lambda: build(parallel=mine(1, "population", "data"))),
-        "invalid": error_of(lambda: build(eps=mine(2, -1.0, 1e-3))),
+        **{
+            f"invalid {name}": error_of(
+                lambda cls=cls, bad=bad, good=good: build(cls=cls, **{**good, **mine(2, bad, {})})
+            )
+            for name, (cls, bad, good, _) in INVALID.items()
+        },
     }
     torch.manual_seed(dist.get_rank())
     model, opt = make(("mezo", "float32"), seed=None, process_group=world())
@@ -220,10 +244,11 @@ def test_ranks_that_disagree_all_say_in_what(tmp_path):
     }.items():
         for found in of_ranks:
             assert expected in found[case]
-    assert of_ranks[2]["invalid"].startswith("ValueError: eps must be positive")
-    for found in of_ranks[:2]:
-        assert found["invalid"].startswith("RuntimeError: ")
-        assert "rank 2 with ValueError: eps must be positive" in found["invalid"]
+    for name, (_, _, _, said) in INVALID.items():
+        assert of_ranks[2][f"invalid {name}"].startswith(f"ValueError: {said}")
+        for found in of_ranks[:2]:
+            assert found[f"invalid {name}"].startswith("RuntimeError: ")
+            assert f"rank 2 with ValueError: {said}" in found[f"invalid {name}"]
     assert len({found["drawn seed"] for found in of_ranks}) == 1
     assert all(found["afterwards"] == "" for found in of_ranks)
 

@@ -254,8 +254,11 @@ def test_integers_are_copied_with_a_warning_where_they_differ():
         merge.linear(models, base=base)
     models[1].norm.num_batches_tracked += 3
     base.norm.num_batches_tracked += 5
-    with pytest.warns(UserWarning, match=r"differ between the models: norm.num_batches_tracked"):
+    with pytest.warns(
+        UserWarning, match=r"differ between the models: norm.num_batches_tracked"
+    ) as warned:
         assert merge.linear(models, base=base)["norm.num_batches_tracked"] == 5
+    assert [warning.filename for warning in warned] == [__file__]
     with pytest.warns(UserWarning, match="from the first model"):
         assert merge.linear(models)["norm.num_batches_tracked"] == 0
 

@@ -635,11 +635,12 @@ def test_states_of_others_are_refused(cls, backend):
 
 
 def test_what_the_published_onties_does_silently_is_warned_about():
-    with pytest.warns(UserWarning, match="still needs the reference"):
+    with pytest.warns(UserWarning, match="still needs the reference") as warned:
         zokern.OnTIESAdamW([("p", nn.Parameter(torch.ones(4)))])
     policy = models()[0]
-    with pytest.warns(UserWarning, match="is less than one"):
+    with pytest.warns(UserWarning, match="is less than one") as masked:
         merging(zokern.OnTIESAdamW, policy, reserve_p=1e-3)
+    assert [warning.filename for warning in (*warned, *masked)] == [__file__] * 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt = merging(zokern.OnTIESAdamW, policy, reserve_p=1e-3, semantics="paper")

@@ -489,6 +489,34 @@ def test_ask_and_tell_in_the_wrong_order():
     assert optimizer.run["step"] == 0
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("eps", 0, "eps must be positive and finite in float32, not 0"),
+        ("eps", "small", "eps must be positive"),
+        ("samples", 0, "samples must be an integer of at least 1"),
+        ("lr", math.nan, "lr must be finite in float32, not nan"),
+        ("lr", 1e39, "lr must be finite in float32, not 1e"),
+        ("weight_decay", math.inf, "weight_decay must be finite"),
+        ("momentum", 1.5, "momentum must be at least 0 and below 1, not 1.5"),
+    ],
+)
+@pytest.mark.parametrize("fuse_next", [False, True])
+def test_what_is_written_into_groups_between_steps_is_checked(setting, value, said, fuse_next):
+    model = make_model()
+    optimizer = zokern.MeZO(model.named_parameters(), lr=0.1, seed=3, fuse_next=fuse_next)
+    optimizer.step(loss_of(model))
+    optimizer.flush()
+    before, good = weights(model), optimizer.run[setting]
+    optimizer.run[setting] = value
+    with pytest.raises(ValueError, match=said):
+        optimizer.step(loss_of(model))
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+    optimizer.run[setting] = good
+    optimizer.step(loss_of(model))
+    assert optimizer.run["step"] == 2
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("fuse_next", [False, True])
 def test_a_loss_that_is_not_finite_skips_the_update(bad, fuse_next):
@@ -591,8 +619,9 @@ def test_losses_that_never_differ_are_warned_about_once():
         warnings.simplefilter("error")
         optimizer.step(lambda: 1.0)
         optimizer.step(lambda: 1.0)
-    with pytest.warns(RuntimeWarning, match="equal bit for bit"):
+    with pytest.warns(RuntimeWarning, match="equal bit for bit") as warned:
         optimizer.step(lambda: 1.0)
+    assert [warning.filename for warning in warned] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(4):

@@ -1,13 +1,16 @@
 """Trainers with zeroth-order optimizers, on small models of three families built from configs."""
 
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import zokern
+from tests import ranks
 from tests.zo import same, weights
 
 transformers = pytest.importorskip("transformers")
@@ -112,6 +115,13 @@ def make_trainer(folder: Path, family: str = "decoder", **changes) -> ZOTrainer:
     return cls(model, arguments, train_dataset=data, eval_dataset=data, **given)
 
 
+def as_launched(folder: Path, family: str = "decoder", **changes) -> ZOTrainer:
+    """As torchrun's processes make it; they are in their group already."""
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    return make_trainer(folder, family, **changes)
+
+
 def logged(trainer: ZOTrainer, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
@@ -167,6 +177,22 @@ def test_micro_batches_are_one_batch_to_float_tolerance(family, tmp_path):
     assert others == pytest.approx(losses, abs=2e-5)
     for a, b in zip(weights(once.model), weights(often.model), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_a_micro_batch_without_labels_does_not_decide_how_others_count(tmp_path):
+    losses = []
+    for n in (1, 4):
+        trainer = make_trainer(
+            tmp_path,
+            per_device_train_batch_size=4 // n,
+            gradient_accumulation_steps=n,
+            train_sampling_strategy="sequential",
+            max_steps=2,
+        )
+        trainer.train_dataset[0]["labels"][:] = -100
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -478,3 +504,152 @@ def test_what_cannot_work_is_refused(tmp_path):
             ZOTrainer(model, arguments)
     with pytest.raises(RuntimeError, match="made when training begins"):
         ZOTrainer(model, make_arguments(tmp_path)).zo  # noqa: B018
+
+
+SEVERAL = {
+    "decoder": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    # It accepts num_items_in_batch and ignores it.
+    "encoder": {"per_device_train_batch_size": 2},
+}
+
+
+def train_on_ranks(folder: Path) -> list[tuple]:
+    found = []
+    for family, changes in SEVERAL.items():
+        trainer = as_launched(folder, family, max_steps=2, learning_rate=0.01, seed=3, **changes)
+        if dist.get_rank() == 1:
+            for param in trainer.model.parameters():
+                # Where nobody sets a seed, a head is another on each rank.
+                nn.init.zeros_(param)
+        batches: list[dict] = []
+        collate = trainer.data_collator
+        trainer.data_collator = lambda rows, f=collate, to=batches: to.append(f(rows)) or to[-1]
+        trainer.train()
+        assert type(trainer.model_wrapped) is type(trainer.model)
+        found.append((weights(trainer.model), batches, logged(trainer, "loss"), trainer.zo.last))
+    return found
+
+
+def test_several_processes_are_one_that_takes_the_mean_of_their_losses(tmp_path):
+    of_ranks = ranks.run(train_on_ranks, 2, tmp_path, tmp_path / "out")
+    for i, (family, changes) in enumerate(SEVERAL.items()):
+        (found, own, losses, last), (other, others, _, _) = (of_rank[i] for of_rank in of_ranks)
+        assert same(found, other)
+        model = make_model(family).eval()
+        n = changes.get("gradient_accumulation_steps", 1)
+        opt = zokern.MeZO(zokern.param_groups(model, weight_decay=0.0), lr=0.01, seed=3)
+        for step in range(2):
+            parts = [batches[n * step : n * step + n] for batches in (own, others)]
+            assert not torch.equal(parts[0][0]["input_ids"], parts[1][0]["input_ids"])
+
+            def closure(parts=parts, model=model, family=family) -> float:
+                return sum(of_one_rank(model, family, part, parts) for part in parts) / 2
+
+            opt.step(closure)
+        assert same(found, weights(model)), family
+        assert last == opt.last
+        assert losses[-1] == pytest.approx(opt.last.loss, abs=1e-6)
+
+
+def of_one_rank(model: nn.Module, family: str, part: list[dict], parts: list[list[dict]]) -> float:
+    """A decoder's losses count labels, of which a rank has a share; others are means of rows."""
+    if family != "decoder":
+        return float(torch.stack([model(**batch).loss for batch in part]).mean())
+    items = sum(batch["labels"][:, 1:].ne(-100).sum() for own in parts for batch in own)
+    losses = [model(**batch, num_items_in_batch=items).loss * len(parts) for batch in part]
+    return float(torch.stack(losses).sum())
+
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+
+
+def resume_on_ranks(folder: Path) -> list[list[torch.Tensor]]:
+    def make(cls, name, own, changes):
+        return as_launched(
+            folder / name,
+            cls=cls,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            lr_scheduler_type="linear",
+            zo_arguments=own,
+            save_strategy="steps",
+            save_steps=2,
+            **changes,
+        )
+
+    found = []
+    for case in [({"momentum": 0.9}, EVALUATED), ({"fuse_next": True}, {})]:
+        straight = make(ZOTrainer, f"straight-{len(found)}", *case)
+        straight.train()
+        killed = make(KilledTrainer, f"killed-{len(found)}", *case)
+        killed.steps_made = 3
+        with pytest.raises(Killed):
+            killed.train()
+        dist.barrier()
+        resumed = make(ZOTrainer, f"killed-{len(found)}", *case)
+        resumed.train(resume_from_checkpoint=True)
+        assert logged(resumed, "eval_loss") == logged(straight, "eval_loss")
+        assert same(weights(resumed.model), weights(straight.model))
+        found.append(weights(resumed.model))
+    return found
+
+
+def test_a_run_of_several_processes_that_was_killed_goes_on_bit_for_bit(tmp_path):
+    of_ranks = ranks.run(resume_on_ranks, 2, tmp_path, tmp_path)
+    for found, other in zip(*of_ranks, strict=True):
+        assert same(found, other)
+        assert not same(found, weights(make_model()))
+    checkpoint = tmp_path / "straight-1" / "checkpoint-6"
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
+
+
+def refused_on_ranks(folder: Path) -> list[str]:
+    said = []
+    model = make_model()
+    group, own = dist.group.WORLD, {"lr": 1e-3, "seed": 0}
+    for changes in ({}, {"process_group": group, "parallel": "population"}):
+        opt = zokern.MeZO(model.named_parameters(), **own, **changes)
+        with pytest.raises(ValueError, match=r"processes|parallel") as caught:
+            as_launched(folder, model=model, optimizers=(opt, None))
+        said.append(str(caught.value))
+    # Their weights are the caller's.
+    model = make_model()
+    opt = zokern.MeZO(model.named_parameters(), process_group=group, **own)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += dist.get_rank()
+    with pytest.raises(RuntimeError, match="has drifted") as caught:
+        as_launched(folder, model=model, optimizers=(opt, None)).train()
+    said.append(str(caught.value))
+    return said
+
+
+def test_optimizers_that_do_not_fit_several_processes_are_refused(tmp_path):
+    for said in ranks.run(refused_on_ranks, 2, tmp_path, tmp_path):
+        assert "2 processes, and the optimizer knows of 1: give it process_group=" in said[0]
+        assert "parallel='population' needs one batch for all" in said[1]
+        assert said[2] == "rank 1 has drifted from the others, in lm_head.weight"
+
+
+def test_what_only_train_mode_does_is_refused_in_eval_mode(tmp_path):
+    with pytest.raises(ValueError, match=r"neftune_noise_alpha adds no noise: .*zo_train_mode"):
+        make_trainer(tmp_path, neftune_noise_alpha=5.0)
+    losses = []
+    for alpha in (None, 5.0):
+        trainer = make_trainer(
+            tmp_path, neftune_noise_alpha=alpha, zo_train_mode=True, max_steps=1, seed=3
+        )
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] != losses[1]
+
+
+def test_a_loss_in_half_precision_is_refused_with_what_to_do(tmp_path):
+    def make(**changes):
+        model = make_model("encoder").to(torch.bfloat16)
+        return make_trainer(tmp_path, "encoder", model=model, max_steps=2, **changes)
+
+    with pytest.raises(TypeError, match=r"its loss in torch.bfloat16, .* bf16=True"):
+        make().train()
+    trainer = make(bf16=True)
+    trainer.train()
+    assert trainer.zo.run["step"] == 2

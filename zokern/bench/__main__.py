@@ -10,13 +10,14 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import zokern
-from zokern.backends import ORDER
+from zokern.backends import ORDER, chosen, load
 from zokern.bench import machine
 from zokern.bench.comparison import DTYPES
 from zokern.bench.models import MODELS
@@ -50,15 +51,18 @@ def _names(what: str, known: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def _count(text: str) -> int:
-    """A positive integer, also as 2^26."""
+    """A positive integer, also as 2^26 or 1e6."""
     base, power, exponent = text.partition("^")
     try:
-        value = int(base) ** int(exponent) if power else int(base)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer, such as 1000 or 2^26")
-    return value
+        value = Decimal(base) ** int(exponent) if power else Decimal(base)
+        count = int(value)
+    except (ArithmeticError, ValueError):
+        value, count = Decimal(), 0
+    if count < 1 or count != value:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no positive integer, such as 1000, 1e6 or 2^26"
+        )
+    return count
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,6 +100,10 @@ def _plan(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan:
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch finds no CUDA GPU here; there is cpu")
+    backend = given.backend or chosen()
+    reason = backend and load(backend).why_not(torch.device(device))
+    if reason:
+        parser.error(f"the backend {backend!r} cannot run on {device}: {reason}")
     for option, kinds in (("json", (".json",)), ("plot", (".png", ".svg", ".pdf"))):
         path = getattr(given, option)
         if path is None or (option == "json" and path.is_dir()):

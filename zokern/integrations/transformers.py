@@ -5,9 +5,11 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import Trainer
@@ -30,6 +32,10 @@ class ZOMixin(_Base):
     accepts ``num_items_in_batch`` and ignores it. They are kept on the device and evaluated anew at
     each point.
 
+    Started as several processes (``torchrun``, ``accelerate launch``), each evaluates its own
+    batches and they exchange losses; the model is not wrapped. Before the optimizer is made, all
+    take rank 0's weights.
+
     Logged beside the loss: ``projected_gradient``, √Σ g² over the last step's directions, and
     ``evaluations_per_second``, of a step's loss; there is no ``grad_norm``, and ``max_grad_norm``
     clips nothing. ``on_pre_optimizer_step`` is called after the step.
@@ -39,14 +45,18 @@ class ZOMixin(_Base):
             :class:`zokern.ZOOptimizer` of the model's parameters.
         zo_optimizer: otherwise the class to make one of. It gets ``lr`` and ``weight_decay`` from
             the training arguments (biases and norms do not decay, as in the Trainer), ``seed`` from
-            their ``seed``, and the model as ``module``.
+            their ``seed``, the model as ``module``, and the group of all processes as
+            ``process_group``, where there are several.
         zo_arguments: its other arguments; they go before these.
         zo_train_mode: evaluate in train mode, with dropout; otherwise as ``model.eval()`` does.
 
     Raises:
         ValueError, TypeError: for what cannot work without gradients or is not supported:
-            DeepSpeed, FSDP, several processes or GPUs, fp16 with a loss scale, another kind of
-            optimizer, trainers that generate what they learn from.
+            DeepSpeed, FSDP, several GPUs in one process, fp16 with a loss scale, NEFTune without
+            train mode, another kind of optimizer, or one that does not know of the other
+            processes, trainers that generate what they learn from.
+        TypeError: in training, for a model that computes its loss in half precision.
+        RuntimeError: in training, where processes hold other weights than the others.
     """
 
     optimizer: Any
@@ -75,6 +85,10 @@ class ZOMixin(_Base):
         _check_arguments(self)
         super().create_accelerator_and_postprocess()
         _check_accelerator(self)
+        # Without gradients there is nothing that DistributedDataParallel would do.
+        self.accelerator.prepare_model = partial(
+            self.accelerator.prepare_model, evaluation_mode=True
+        )
 
     def _validate_args(self) -> None:
         super()._validate_args()
@@ -101,9 +115,13 @@ class ZOMixin(_Base):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer, unless there is one, and keep the loop's own ``step()`` from it."""
         if self.optimizer is None:
+            if self.accelerator.num_processes > 1:
+                _take_over_weights(self.model)
             self.optimizer = self._make_optimizer(self.model if model is None else model)
         if not isinstance(self.optimizer, _Stepped):
             _check_optimizer(self, self.optimizer)
+            if self.accelerator.num_processes > 1:
+                self.optimizer.assert_in_sync()
             if self.optimizer.run["fuse_next"]:
                 # It may have been made without module=.
                 self.model.register_state_dict_pre_hook(_FlushBefore(self.optimizer))
@@ -116,6 +134,7 @@ class ZOMixin(_Base):
             "weight_decay": self.args.weight_decay,
             "seed": self.args.seed,
             "module": self.model,
+            "process_group": dist.group.WORLD if self.accelerator.num_processes > 1 else None,
             **self._zo_arguments,
         }
         decaying = set(self.get_decay_parameter_names(model))
@@ -148,33 +167,44 @@ class ZOMixin(_Base):
         start = time.perf_counter()
         try:
             with self._evaluation_mode():
-                is_scaled = self._is_scaled(model)
-                loss = self.zo.step(lambda: self._step_loss(model, is_scaled))
+                loss = self.zo.step(lambda: self._step_loss(model))
         finally:
             self._micro_batches.clear()
         self._seconds += time.perf_counter() - start
         return loss.to(self.args.device)
 
-    def _step_loss(self, model: nn.Module, is_scaled: bool) -> Tensor:
+    def _step_loss(self, model: nn.Module) -> Tensor:
         """The loss of the micro-batches that were collected."""
         self._evaluations += 1
         losses = [self._loss(model, *micro_batch) for micro_batch in self._micro_batches]
-        return torch.stack(losses).sum() / (1 if is_scaled else len(losses))
+        return torch.stack(losses).sum() / self._divisor(model)
 
     def _loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
         with self.compute_loss_context_manager():
             # It may write to its inputs.
-            return self.compute_loss(
+            loss = self.compute_loss(
                 model, copy.copy(inputs), num_items_in_batch=num_items_in_batch
             )
+        if loss.dtype in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"{type(self).__name__}: the model computes its loss in {loss.dtype}, which rounds "
+                "the difference of two losses away: give the training arguments bf16=True, under "
+                "which losses are float32, or a compute_loss_func of outputs.logits.float()"
+            )
+        return loss
 
-    def _is_scaled(self, model: nn.Module) -> bool:
-        """Whether the losses of a step's micro-batches add up to its loss, or to a multiple."""
-        if self.loss_is_scaled_for_ga is not None or len(self._micro_batches) == 1:
-            return self.loss_is_scaled_for_ga is not False
+    def _divisor(self, model: nn.Module) -> int:
+        """What the sum of the losses of a step's micro-batches is divided by."""
+        count = len(self._micro_batches)
         inputs, num_items_in_batch = self._micro_batches[0]
+        if self.loss_is_scaled_for_ga is not None:
+            return 1 if self.loss_is_scaled_for_ga else count
         if num_items_in_batch is None or self.compute_loss_func is not None:
-            return self.compute_loss_func is not None
+            return count if self.compute_loss_func is None else 1
+        # With other processes the Trainer multiplies what it takes for a share of all items.
+        copies = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        if count * copies == 1:
+            return 1
         if self._uses_items is None:
             # Many a model accepts num_items_in_batch and makes nothing of it.
             state, losses = RandomState({self.args.device}), []
@@ -182,8 +212,9 @@ class ZOMixin(_Base):
                 with torch.no_grad():
                     losses.append(self._loss(model, inputs, items))
                 state.restore()
-            self._uses_items = not torch.equal(*losses)
-        return self._uses_items
+            # A loss without a label is 0 in any case.
+            self._uses_items = not torch.equal(*losses) if losses[0] != 0 else None
+        return count * copies if self._uses_items is False else 1
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
@@ -224,6 +255,11 @@ class ZOMixin(_Base):
             return super().train(*args, **kwargs)
         finally:
             self._rest()
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        # On all ranks, of which one saves.
+        self._rest()
+        super().save_model(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._rest()
@@ -295,6 +331,11 @@ def _check_arguments(trainer: Trainer) -> None:
             f"{name} does not take fp16=True, which scales losses for their gradients: take "
             "bf16=True, or load the model in half precision"
         )
+    if args.neftune_noise_alpha is not None and not trainer._zo_train_mode:
+        raise ValueError(
+            f"{name} evaluates in eval mode, where neftune_noise_alpha adds no noise: give "
+            "zo_train_mode=True, which leaves dropout on too, or leave it out"
+        )
     if hasattr(type(trainer), "_generate_and_score_completions"):
         raise TypeError(
             f"{name}: ZOMixin replaces the training_step by which this trainer paces what it "
@@ -309,10 +350,22 @@ def _check_accelerator(trainer: Trainer) -> None:
         raise ValueError(f"{name} works without DeepSpeed and FSDP: the parameters must be whole")
     if accelerator.scaler is not None:
         raise ValueError(f"{name} does not take mixed_precision='fp16': take 'bf16'")
-    if accelerator.num_processes > 1 or trainer.args.n_gpu > 1:
+    if trainer.args.n_gpu > 1:
         raise ValueError(
-            f"{name} trains in one process on one GPU, not {accelerator.num_processes} processes "
-            f"with {trainer.args.n_gpu} GPUs: set CUDA_VISIBLE_DEVICES to one of them"
+            f"{name} trains on one GPU a process, not on {trainer.args.n_gpu}: start a process for "
+            "each with torchrun --nproc-per-node, or set CUDA_VISIBLE_DEVICES to one of them"
+        )
+    is_sharded = getattr(trainer.model, "is_distributed_loading_by_transformers", False)
+    sizes = trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()
+    if is_sharded or max(sizes) > 1:
+        raise ValueError(
+            f"{name} shares batches among its processes, not the model or a sequence: leave "
+            "shards and tensor, context and sequence parallelism out"
+        )
+    if accelerator.num_processes > 1 and not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            f"{name} needs torch.distributed for {accelerator.num_processes} processes, and "
+            f"{accelerator.distributed_type} is without"
         )
 
 
@@ -322,3 +375,22 @@ def _check_optimizer(trainer: Trainer, optimizer: Any) -> None:
             f"{type(trainer).__name__} needs a zokern.ZOOptimizer such as zokern.MeZO, not "
             f"{type(optimizer).__name__}; optimizers with gradients need no ZOMixin"
         )
+    ranks, processes = optimizer._ranks, trainer.accelerator.num_processes
+    if ranks.size != processes:
+        raise ValueError(
+            f"{type(trainer).__name__} runs in {processes} processes, and the optimizer knows of "
+            f"{ranks.size}: give it process_group=torch.distributed.group.WORLD"
+        )
+    if processes > 1 and ranks.parallel != "data":
+        raise ValueError(
+            f"{type(trainer).__name__} gives each process batches of its own, and "
+            f"parallel={ranks.parallel!r} needs one batch for all: take parallel='data'"
+        )
+
+
+def _take_over_weights(model: nn.Module) -> None:
+    """Rank 0's weights and buffers on all ranks, as DistributedDataParallel does it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        whole = tensor.detach().contiguous()
+        dist.broadcast(whole, 0)
+        tensor.detach().copy_(whole)

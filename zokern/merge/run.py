@@ -1,7 +1,6 @@
 """How models are merged: tensor by tensor, so that few are in memory at a time."""
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -18,6 +17,7 @@ from zokern.merge.inputs import Entry, Model, aligned, is_path, read
 from zokern.merge.masks import joined_thresholds, limit_of, mask_of, ratios_of
 from zokern.merge.recipe import Batch, Recipe, batches
 from zokern.progress import progress_bar
+from zokern.warn import warn
 
 # A sum of weights below this is not divided by, as in mergekit.
 SMALL_WEIGHT = 1e-8
@@ -92,10 +92,9 @@ def _warn_of_copies(copies: list[Entry]) -> None:
         if not all(torch.equal(entry.like.cpu(), model.cpu()) for model in entry.models)
     ]
     if differ:
-        warnings.warn(
+        warn(
             "integer and bool tensors are not merged but copied from the base, or from the first "
-            f"model where there is none; these differ between the models: {', '.join(differ)}",
-            stacklevel=4,
+            f"model where there is none; these differ between the models: {', '.join(differ)}"
         )
 
 

@@ -1,7 +1,6 @@
 """The optimizer that every zeroth-order method extends: ask, tell and step."""
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -24,11 +23,12 @@ from zokern.optim.probe import SAMPLE, fidelity
 from zokern.optim.randomness import RandomState
 from zokern.optim.recording import Recorder
 from zokern.optim.rules import float32
-from zokern.optim.settings import COUNTERS, run_settings
+from zokern.optim.settings import COUNTERS, check_step, run_settings
 from zokern.optim.state import ZOState
 from zokern.optim.steps import Estimate, Method, Move, OpenStep, StepResult
 from zokern.optim.versions import Versions
 from zokern.trajectory import Trajectory
+from zokern.warn import warn
 
 # Below this the rounded probe is warned about.
 LEAST_FIDELITY = 0.99
@@ -137,6 +137,7 @@ class ZOOptimizer(ZOState):
             }
             super().__init__(params, defaults)
             held = [tensor for state in self.state.values() for tensor in state.values()]
+            self._prepare()
             params = [param for _, param in named(self.param_groups)]
             if stochastic_rounding and all(param.dtype == torch.float32 for param in params):
                 raise ValueError(
@@ -149,6 +150,12 @@ class ZOOptimizer(ZOState):
         run_seed, self._is_recorded = agreement.agree(self, seed, records=trajectory is not None)
         self._run_defaults["seed"] = run_seed
         self._update_run(seed=run_seed)
+
+    def _prepare(self) -> None:
+        """Check ``settings`` and make what the method keeps; the other ranks learn what it raises.
+
+        At the end of the constructor: the parameters are there.
+        """
 
     def _method(self, step: OpenStep) -> Method:
         """One step, written as a generator.
@@ -208,6 +215,7 @@ class ZOOptimizer(ZOState):
         return self._visit(self._open, self._open.round)
 
     def _begin(self) -> OpenStep:
+        check_step(self.param_groups)
         from_rest = self._displacement.at_rest
         self._check_untouched()
         members = self._members()
@@ -494,7 +502,7 @@ class ZOOptimizer(ZOState):
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            warn(message, RuntimeWarning)
 
 
 class _FlushBefore:

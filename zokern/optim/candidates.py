@@ -24,9 +24,13 @@ class CandidateOptimizer(ZOOptimizer):
         settings: dict[str, Any] | None = None,
         **common: Unpack[CommonArguments],
     ) -> None:
-        candidates = integer("candidates", candidates, at_least=2, below=1 << 14)
         settings = {"candidates": candidates, **(settings or {})}
         super().__init__(params, lr, eps, settings=settings, **common)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        candidates = integer("candidates", self.run["candidates"], at_least=2, below=1 << 14)
+        self._update_run(candidates=candidates)
 
     def _check_last_group(self, precision: str) -> None:
         super()._check_last_group(precision)

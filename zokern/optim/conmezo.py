@@ -11,6 +11,7 @@ from zokern import ops
 from zokern.optim.base import CommonArguments
 from zokern.optim.displacement import Expansion, Member
 from zokern.optim.mezo import MeZO
+from zokern.optim.parameters import is_number
 from zokern.optim.rules import Rule, float32, rule_of
 
 
@@ -51,14 +52,18 @@ class ConMeZO(MeZO):
         beta: float = 0.95,
         **common: Unpack[CommonArguments],
     ) -> None:
-        if not 0 <= angle <= math.pi / 2:
+        super().__init__(params, lr, eps, settings={"angle": angle, "beta": beta}, **common)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        angle, beta = self.run["angle"], self.run["beta"]
+        if not (is_number(angle) and 0 <= angle <= math.pi / 2):
             raise ValueError(f"angle must be between 0 and π/2, not {angle!r}")
-        if not 0 <= beta < 1:
+        if not (is_number(beta) and 0 <= beta < 1):
             raise ValueError(f"beta must be at least 0 and below 1, not {beta!r}")
-        excluded = [key for key in ("momentum", "sign", "fuse_next") if common.get(key)]
+        excluded = [key for key in ("sign", "fuse_next") if self.run[key]]
         if excluded:
             raise ValueError(f"ConMeZO does not take {', '.join(excluded)}")
-        super().__init__(params, lr, eps, settings={"angle": angle, "beta": beta}, **common)
 
     def _check_last_group(self, precision: str) -> None:
         super()._check_last_group(precision)

@@ -1,6 +1,5 @@
 """What the merging optimizers share: the step, in which each masks Adam's update in its way."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from zokern.optim.merging_tables import Member, OnDevice, OnHost, Tables
 from zokern.optim.parameters import named, tensor_ids
 from zokern.optim.reference import Source, Weights, check_weights
 from zokern.sweep import Shard
+from zokern.warn import warn
 
 
 class MergingAdamW(MergingState):
@@ -207,7 +207,7 @@ class MergingAdamW(MergingState):
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(message, stacklevel=4)
+            warn(message)
 
 
 def _of_all(members: list[Member], key: str) -> list[Tensor] | None:

@@ -59,11 +59,15 @@ class MeZOGV(CandidateOptimizer):
         history: bool = True,
         **common: Unpack[CommonArguments],
     ) -> None:
-        if not (is_number(elite) and 0 <= elite <= 1):
-            raise ValueError(f"elite must be a number between 0 and 1, not {elite!r}")
         own: dict[str, Any] = {"elite": elite, "history": bool(history)}
         super().__init__(params, lr, eps, candidates=candidates, settings=own, **common)
-        if not 1 <= self._elite_count() < self.run["candidates"]:
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        elite, candidates = self.run["elite"], self.run["candidates"]
+        if not (is_number(elite) and 0 <= elite <= 1):
+            raise ValueError(f"elite must be a number between 0 and 1, not {elite!r}")
+        if not 1 <= self._elite_count() < candidates:
             raise ValueError(
                 f"elite={elite!r} makes {self._elite_count()} of {candidates} candidates the "
                 "elite: it must be at least one and not all"

@@ -1,5 +1,6 @@
 """What belongs to a whole run: kept in every param group, where state_dict and pickling find it."""
 
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
@@ -19,6 +20,7 @@ ROUNDINGS = "roundings"
 
 # eps is used in float32, where smaller and larger ones become 0 and infinity.
 MIN_EPS, MAX_EPS = 2.0**-126, 2.0**126
+LARGEST = 2.0**128
 
 
 def run_settings(
@@ -59,6 +61,17 @@ def run_settings(
         "common_random_numbers": bool(common_random_numbers),
         **dict.fromkeys((*COUNTERS, ROUNDINGS), 0),
     }
+
+
+def check_step(groups: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError, naming it, for what may stand in the groups but makes no step."""
+    run_settings(**{key: groups[0][key] for key in SETTINGS})
+    for group in groups:
+        for key in ("lr", "weight_decay"):
+            if not (is_number(group[key]) and abs(group[key]) < LARGEST):
+                raise ValueError(f"{key} must be finite in float32, not {group[key]!r}")
+        if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
+            raise ValueError(f"momentum must be at least 0 and below 1, not {group['momentum']!r}")
 
 
 def integer(name: str, value: int, *, at_least: int, below: int) -> int:

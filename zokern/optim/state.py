@@ -233,6 +233,11 @@ class ZOState(Optimizer):
         if self._displacement.members or not self._versions.knows(touched[1]):
             name, _, what = touched
             advice = "call refresh() to go on from the weights as they are now"
+            if self._open is not None and self._open.visited:
+                advice = (
+                    "an evaluation must leave the weights alone (a forward through nn.Embedding "
+                    "with max_norm does not: freeze its weight or drop max_norm); then " + advice
+                )
             if self._recorder.has_begun:
                 advice = (
                     "a replay would not know; where it holds again what it held, "

@@ -85,19 +85,26 @@ class ZOPrO(ZOOptimizer):
         advance: Literal["step", "manual"] = "step",
         **common: Unpack[CommonArguments],
     ) -> None:
+        self._given = previous_update, reward_delta
+        own = {"total_steps": total_steps, "decay": decay, "advance": advance}
+        super().__init__(params, lr, eps, settings=own, **common)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        decay, advance = self.run["decay"], self.run["advance"]
         if decay not in ("linear", "exp"):
             raise ValueError(f"decay must be 'linear' or 'exp', not {decay!r}")
         if advance not in ("step", "manual"):
             raise ValueError(f"advance must be 'step' or 'manual', not {advance!r}")
-        if total_steps is not None:
-            total_steps = integer("total_steps", total_steps, at_least=1, below=1 << 63)
+        if self.run["total_steps"] is not None:
+            total = integer("total_steps", self.run["total_steps"], at_least=1, below=1 << 63)
+            self._update_run(total_steps=total)
         elif decay == "linear":
             raise ValueError("decay='linear' needs total_steps, over which γ falls to 0")
-        own = {"total_steps": total_steps, "decay": decay, "advance": advance}
-        super().__init__(params, lr, eps, settings=own, **common)
         self._norms: dict[int, float] = {}
         self._checksums: dict[str, list[int]] | None = None
-        self.set_round(previous_update, reward_delta)
+        self.set_round(*self._given)
+        del self._given
 
     @property
     def gamma(self) -> float:
