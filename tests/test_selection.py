@@ -225,6 +225,37 @@ def test_a_near_threshold_never_changes_the_result(fast_backend, name, joined):
         assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+def unlike_a_sample() -> dict[str, Tensor]:
+    """Of so many elements that a core may go by some of them, which say little about the others."""
+    many = randn(70001)
+    clustered, columns, infinite = torch.zeros(70001), many * 1e-3, many.clone()
+    clustered[30000:31000] = many[:1000]
+    columns[::2048] = 100.0
+    infinite[::100] = INFINITY
+    return {
+        "random": many,
+        "sorted": many.sort().values,
+        "clustered": clustered,
+        "columns": columns,
+        "infinite": infinite,
+        "all equal": torch.full((70001,), 0.3),
+        "few": (many * 3).round(),
+        "neighbors": torch.where(many > 1, 1.0, 1.0 + 2**-23),
+        "denormal": many * 1e-41,
+    }
+
+
+@pytest.mark.parametrize("name", unlike_a_sample())
+def test_large_tensors(native_backend, name):
+    value = unlike_a_sample()[name]
+    for k in (1, 17, 700, 4000, 35000, 69999):
+        for bases in (None, [randn(70001, seed=2) * 1e-3]):
+            got = ops.magnitude_threshold([value], k, bases=bases)
+            with zokern.use_backend("reference"):
+                wanted = ops.magnitude_threshold([value], k, bases=bases)
+            assert all(map(torch.equal, got, wanted)), (k, bases is None)
+
+
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0xFFFFFFFF], ids=hex)
 @pytest.mark.parametrize("joined", [False, True])
 def test_nan_is_an_error_that_names_the_tensor(backend, bits, joined):

@@ -17,9 +17,10 @@ struct alignas(64) AdamBuffer {
     float t[kAdamBlock + 64];
 };
 
-// The new moments, rounded to the type of the state, of elements [i, i + n), n ≤ kAdamBlock. They
-// may be written where they were read.
-void moments_block(const AdamTensor& adam, int64_t i, int64_t n, float* first, float* second) {
+// The new moments of elements [i, i + n), n ≤ kAdamBlock, not yet rounded to the type of the state.
+// They may be written where they were read.
+void exact_moments_block(const AdamTensor& adam, int64_t i, int64_t n, float* first,
+                         float* second) {
     AdamBuffer grads, firsts, seconds;
     const float* g = floats_of(adam.grad, i, n, grads.t);
     const float* m = floats_of(adam.exp_avg, i, n, firsts.t);
@@ -31,6 +32,11 @@ void moments_block(const AdamTensor& adam, int64_t i, int64_t n, float* first, f
         first[j] = moments.first;
         second[j] = moments.second;
     }
+}
+
+// Rounded to it.
+void moments_block(const AdamTensor& adam, int64_t i, int64_t n, float* first, float* second) {
+    exact_moments_block(adam, i, n, first, second);
     round_to(adam.exp_avg.type, first, n);
     round_to(adam.exp_avg_sq.type, second, n);
 }

@@ -14,8 +14,8 @@
 #include "deltas.h"
 
 namespace zokern {
-const CpuKernels kAvx2Kernels = {Simd::kName, sweep,      products,     sample,
-                                 values,      histogram,  count_equals, find_equal,
-                                 l1_sums,     merge_step, merge_deltas};
+const CpuKernels kAvx2Kernels = {Simd::kName, sweep,     products,   sample,
+                                 values,      histogram, collect,    count_equals,
+                                 find_equal,  l1_sums,   merge_step, merge_deltas};
 }  // namespace zokern
 #endif

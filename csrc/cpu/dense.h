@@ -28,12 +28,17 @@ void store_dense(void* data, Storage type, int64_t i, int64_t n, const float* va
     }
 }
 
+// Values, rounded to a 16-bit type and back; what they are rounded to goes to `rounded`.
+void round_into(void* rounded, Storage type, float* values, int64_t n) {
+    store_dense(rounded, type, 0, n, values);
+    load_dense({rounded, type}, 0, n, values);
+}
+
 // At most kBlock values, rounded to a type and back.
 void round_to(Storage type, float* values, int64_t n) {
     if (type == Storage::fp32) return;
     uint16_t rounded[kBlock];
-    store_dense(rounded, type, 0, n, values);
-    load_dense({rounded, type}, 0, n, values);
+    round_into(rounded, type, values, n);
 }
 
 }  // namespace

@@ -29,6 +29,9 @@ struct Directions {
 // Counters of each bin of a histogram.
 constexpr int kCopies = 4;
 
+// More magnitudes than a block of values has are written at once.
+constexpr int64_t kRoomOfBlock = 4096;
+
 // What a histogram says besides its counts.
 struct Tally {
     int64_t above;     // how many magnitudes are above the bracket
@@ -49,6 +52,10 @@ struct CpuKernels {
     // Adds elements [begin, end), at most 2^31, to the counts, kCopies for each bin, and the tally.
     void (*histogram)(const ValueTensor&, int64_t begin, int64_t end, const Bracket&,
                       uint32_t* counts, Tally&);
+    // Appends the bins of those of elements [begin, end) that lie in the bracket; false where there
+    // may not be room for all.
+    bool (*collect)(const ValueTensor&, int64_t begin, int64_t end, const Bracket&, uint32_t* bins,
+                    int64_t room, int64_t& count, Tally&);
     // How many of elements [begin, end) are of a magnitude, and which is number `rank` of them.
     int64_t (*count_equals)(const ValueTensor&, int64_t begin, int64_t end, uint32_t magnitude);
     int64_t (*find_equal)(const ValueTensor&, int64_t begin, int64_t end, uint32_t magnitude,

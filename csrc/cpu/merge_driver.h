@@ -109,6 +109,9 @@ float* state_or(void* state, Storage type, int64_t i, AdamBuffer& buffer) {
     return type == Storage::fp32 ? static_cast<float*>(state) + i : buffer.t;
 }
 
+// Of a 16-bit type.
+void* at_element(void* data, int64_t i) { return static_cast<uint16_t*>(data) + i; }
+
 // Elements [i, i + n), the first of them `element` of the full tensor.
 template <Method method, Storage storage>
 void merge_block(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n, int64_t element,
@@ -125,9 +128,9 @@ void merge_block(const MergeTensor& tensor, uint64_t seed, int64_t i, int64_t n,
     void* const seconds = const_cast<void*>(adam.exp_avg_sq.data);
     float* first = state_or(firsts, first_type, i, b.first);
     float* second = state_or(seconds, second_type, i, b.second);
-    moments_block(adam, i, n, first, second);
-    if (first == b.first.t) store_dense(firsts, first_type, i, n, first);
-    if (second == b.second.t) store_dense(seconds, second_type, i, n, second);
+    exact_moments_block(adam, i, n, first, second);
+    if (first == b.first.t) round_into(at_element(firsts, i), first_type, first, n);
+    if (second == b.second.t) round_into(at_element(seconds, i), second_type, second, n);
 
     if (tensor.master != nullptr) {
         b.value = tensor.master + i;

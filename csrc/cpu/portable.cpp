@@ -154,7 +154,7 @@ int64_t filter(const float* values, int64_t n, const Bracket& bracket, uint32_t*
 #include "deltas.h"
 
 namespace zokern {
-const CpuKernels kPortableKernels = {"portable", sweep,      products,     sample,
-                                     values,     histogram,  count_equals, find_equal,
-                                     l1_sums,    merge_step, merge_deltas};
+const CpuKernels kPortableKernels = {"portable", sweep,     products,   sample,
+                                     values,     histogram, collect,    count_equals,
+                                     find_equal, l1_sums,   merge_step, merge_deltas};
 }  // namespace zokern

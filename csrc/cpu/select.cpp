@@ -1,6 +1,11 @@
-// The search for the k-th largest magnitude: passes over the values, each of which counts how many
-// fall into each bin of a bracket and so narrows the interval that it lies in.
+// The search for the k-th largest magnitude. Where few are wanted: one pass over the values, which
+// collects those that are as large as a sample says. Else passes each of which counts how many fall
+// into each bin of a bracket and so narrows the interval that it lies in.
+#include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <functional>
+#include <memory>
 #include <mutex>
 
 #include "cpu.h"
@@ -13,8 +18,11 @@ namespace {
 // Counters may take a byte for each of a thread's elements: kCopies of 4 bytes, and one of 8.
 constexpr int64_t kBytesPerBin = 24;
 constexpr int64_t kMinBins = 256, kMaxBins = 1 << 16;
-// How many magnitudes, about 1.6 % of its value, lie in the bracket around a near threshold.
-constexpr uint32_t kNearWidth = 1 << 17;
+// Of so many elements one of kSampled groups of a cache line, or more, so that kWanted of what is
+// wanted are among them, tells a bracket. The distances are odd: no power of 2, as rows are.
+constexpr int64_t kMany = 1 << 16, kGroup = 16, kSampled = 128, kWanted = 128;
+// So many deviations of a sample of single elements it extends to both sides.
+constexpr double kDeviations = 6;
 // The counters have 32 bits.
 constexpr int64_t kElementsAtOnce = 1 << 30;
 constexpr int64_t kChunk = 1 << 16;
@@ -36,6 +44,38 @@ struct Pass {
     int64_t above;
 };
 
+// What a thread has collected of a bracket whose bins are magnitudes.
+struct Part {
+    std::unique_ptr<uint32_t[]> bins;
+    int64_t count;
+    Tally tally;
+};
+
+// The k-th largest of those in the bracket, where there are so many.
+Found kth_of(const std::vector<Part>& parts, int64_t k, const Bracket& b) {
+    const auto over_all = [&](const auto& run) {
+        for (const Part& part : parts)
+            for (int64_t j = 0; j < part.count; ++j) run(part.bins[j]);
+    };
+    int shift = 0;
+    while ((b.width - 1) >> shift >= kMaxBins) ++shift;
+    std::vector<int64_t> counts(((b.width - 1) >> shift) + 1);
+    over_all([&](uint32_t place) { ++counts[place >> shift]; });
+    size_t bin = counts.size() - 1;
+    int64_t above = 0;
+    for (; above + counts[bin] < k; --bin) above += counts[bin];
+    std::vector<uint32_t> inside;
+    inside.reserve(size_t(counts[bin]));
+    over_all([&](uint32_t place) {
+        if (place >> shift == bin) inside.push_back(place);
+    });
+    const auto kth = inside.begin() + (k - above - 1);
+    std::nth_element(inside.begin(), kth, inside.end(), std::greater<uint32_t>());
+    const uint32_t found = *kth;
+    for (const uint32_t place : inside) above += place > found;
+    return {b.low + found, above, std::count(inside.begin(), inside.end(), found)};
+}
+
 // One tensor, or all as if they were joined.
 class Search {
   public:
@@ -53,12 +93,12 @@ class Search {
         max_bins_ = std::max(kMinBins, bins);
     }
 
-    Answer run(int64_t k, float near) {
+    Answer run(int64_t k) {
         if (k == 0 || k >= joined_.total()) {
             count({0, 0, 0});  // for the largest
             return k == 0 ? Answer{kKeepsNothing, 0} : Answer{0, joined_.total()};
         }
-        const Found found = find(k, near);
+        const Found found = find(k);
         const int64_t kept = k - found.above;
         return {found.magnitude, kept == found.equals ? joined_.total() : cut(found, kept)};
     }
@@ -74,20 +114,102 @@ class Search {
         return b;
     }
 
-    Bracket first_bracket(float near) const {
-        const uint32_t m = magnitude(near);
-        if (zero_bits_ == 0 && m <= 0x7F800000u) {
-            const uint32_t low = m > kNearWidth / 2 ? m - kNearWidth / 2 : 0;
-            Bracket b = {low, kNearWidth, 0};
-            while (bins_of(b) > max_bins_) ++b.shift;
-            return b;
-        }
-        return halves_ ? bracket(kHalfLow, kHalfHigh - kHalfLow) : bracket(0, 1u << 31);
+    Found find(int64_t k) {
+        Found found;
+        // Half precision has so few magnitudes that one pass counts them all.
+        const bool is_large = joined_.total() >= kMany && zero_bits_ == 0;
+        return is_large && find_by_sample(k, found) ? found : find_by_histograms(k);
     }
 
-    Found find(int64_t k, float near) {
+    // By one pass over what lies in a bracket; false where it is not there.
+    bool find_by_sample(int64_t k, Found& found) {
+        int64_t expected = 0;
+        const Bracket b = sampled(k, expected);
+        if (b.width <= std::min(max_bins_, kMaxBins)) return find_in(count(b), b, k, found);
+        std::vector<Part> parts;
+        if (!collect(b, 2 * expected, parts)) return false;
+        int64_t above = 0, inside = 0;
+        for (const Part& part : parts) {
+            above += part.tally.above;
+            inside += part.count;
+        }
+        if (k <= above || k > above + inside) return false;
+        found = kth_of(parts, k - above, b);
+        found.above += above;
+        return true;
+    }
+
+    // The magnitudes between which the k-th largest very likely is, and how many there may be.
+    Bracket sampled(int64_t k, int64_t& expected) {
+        const int64_t total = joined_.total();
+        const int64_t share = std::min(kSampled, std::max<int64_t>(1, k / kWanted));
+        const int64_t stride = (share | 1) * kGroup;
+        const int64_t room = (total / stride + 1) * kGroup + kRoomOfBlock;
+        const std::unique_ptr<uint32_t[]> sample(new uint32_t[size_t(room)]);
+        int64_t count = 0;
+        for (int64_t i = 0; i < total; i += stride) {
+            const int64_t end = std::min(total, i + kGroup);
+            joined_.over_parts(i, end, [&](size_t t, int64_t own_begin, int64_t own_end) {
+                Tally tally{};
+                kernels_.collect(tensors_[t], own_begin, own_end, {0, 1u << 31, 0}, sample.get(),
+                                 room, count, tally);
+            });
+        }
+        const double wanted = double(k) * double(count) / double(total);
+        const auto reach = int64_t(kDeviations * std::sqrt(wanted)) + 1;
+        const int64_t low_rank = int64_t(wanted) + reach, high_rank = int64_t(wanted) - reach;
+        uint32_t* const begin = sample.get();
+        const auto nth = [&](int64_t rank, int64_t among) {
+            std::nth_element(begin, begin + rank, begin + among, std::greater<uint32_t>());
+            return begin[rank];
+        };
+        const uint32_t low = low_rank < count ? nth(low_rank, count) : 0;
+        const uint32_t high =
+            high_rank >= 0 ? nth(high_rank, std::min(low_rank, count)) : kMagnitude;
+        expected = 2 * reach * total / count;
+        return {low, high - low + 1, 0};
+    }
+
+    // Of all that lies in the bracket; false where there is no room for it.
+    bool collect(const Bracket& b, int64_t room, std::vector<Part>& parts) {
+        std::mutex adding;
+        bool fits = true;
+        const int64_t own_room = room / threads_ + kRoomOfBlock;
+        const auto work = [&](int64_t begin, int64_t end) {
+            Part part = {std::unique_ptr<uint32_t[]>(new uint32_t[size_t(own_room)]), 0, {}};
+            bool own_fits = true;
+            joined_.over_parts(begin, end, [&](size_t i, int64_t own_begin, int64_t own_end) {
+                Tally tally{};
+                own_fits =
+                    own_fits && kernels_.collect(tensors_[i], own_begin, own_end, b,
+                                                 part.bins.get(), own_room, part.count, tally);
+                part.tally.above += tally.above;
+                const std::lock_guard<std::mutex> lock(adding);
+                largest_[i] = std::max(largest_[i], tally.largest);
+            });
+            const std::lock_guard<std::mutex> lock(adding);
+            fits = fits && own_fits;
+            parts.push_back(std::move(part));
+        };
+        over_ranges(joined_.total(), threads_, work, 1);
+        return fits;
+    }
+
+    // Where a pass has counted the k-th largest in a bin of one magnitude.
+    bool find_in(const Pass& pass, const Bracket& b, int64_t k, Found& found) const {
+        int64_t above = pass.above;
+        int64_t bin = int64_t(pass.counts.size()) - 1;
+        if (k <= above) return false;
+        while (bin >= 0 && above + pass.counts[size_t(bin)] < k)
+            above += pass.counts[size_t(bin--)];
+        if (bin < 0) return false;
+        found = {b.low + uint32_t(bin), above, pass.counts[size_t(bin)]};
+        return true;
+    }
+
+    Found find_by_histograms(int64_t k) {
         uint32_t low = 0, width = 1u << 31;
-        Bracket b = first_bracket(near);
+        Bracket b = halves_ ? bracket(kHalfLow, kHalfHigh - kHalfLow) : bracket(0, 1u << 31);
         while (true) {
             const Pass pass = count(b);
             int64_t above = pass.above;
@@ -184,14 +306,10 @@ class Search {
     int64_t max_bins_;
 };
 
-float near_of(const Selection& selection, size_t group) {
-    return selection.near.empty() ? bits_float(kKeepsNothing) : selection.near[group];
-}
-
 void select_joined(const Selection& selection, const Thresholds& out, const CpuKernels& kernels,
                    int threads) {
     Search search(kernels, selection.tensors, threads);
-    const Answer answer = search.run(selection.k.at(0), near_of(selection, 0));
+    const Answer answer = search.run(selection.k.at(0));
     for (size_t i = 0; i < selection.tensors.size(); ++i) {
         const int64_t cut = std::max<int64_t>(0, answer.cut - search.start(i));
         out.thresholds[i] = bits_float(answer.threshold);
@@ -203,7 +321,7 @@ void select_joined(const Selection& selection, const Thresholds& out, const CpuK
 void select_one(const Selection& selection, size_t i, const Thresholds& out,
                 const CpuKernels& kernels, int threads) {
     Search search(kernels, {selection.tensors[i]}, threads);
-    const Answer answer = search.run(selection.k.at(i), near_of(selection, i));
+    const Answer answer = search.run(selection.k.at(i));
     out.thresholds[i] = bits_float(answer.threshold);
     out.cuts[i] = answer.cut;
     out.largest[i] = bits_float(search.largest(0));

@@ -56,6 +56,17 @@ void histogram(const ValueTensor& tensor, int64_t begin, int64_t end, const Brac
     });
 }
 
+bool collect(const ValueTensor& tensor, int64_t begin, int64_t end, const Bracket& bracket,
+             uint32_t* bins, int64_t room, int64_t& count, Tally& tally) {
+    static_assert(kBlock + 64 <= kRoomOfBlock, "of whole vectors");
+    bool fits = true;
+    over_blocks(tensor, begin, end, [&](int64_t, int64_t n, const float* values) {
+        fits = fits && room - count >= kRoomOfBlock;
+        if (fits) count += filter_block(values, n, bracket, bins + count, tally);
+    });
+    return fits;
+}
+
 int64_t count_equals(const ValueTensor& tensor, int64_t begin, int64_t end, uint32_t wanted) {
     int64_t count = 0;
     over_blocks(tensor, begin, end, [&](int64_t, int64_t n, const float* values) {

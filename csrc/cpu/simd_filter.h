@@ -20,8 +20,11 @@ int64_t filter(const float* values, int64_t n, const Bracket& bracket, uint32_t*
         const I place = Simd::sub_i(m, low);
         largest = Simd::max_signed(largest, m);
         below += Simd::count(Simd::less_signed(m, low));
+        const auto is_inside = Simd::less_unsigned(place, width);
+        // Stores across cache lines cost more than a jump that is mostly foreseen.
+        if (!Simd::any(is_inside)) continue;
         const I bin = Simd::shr_all(place, bracket.shift);
-        count += Simd::compress(bins + count, Simd::less_unsigned(place, width), bin);
+        count += Simd::compress(bins + count, is_inside, bin);
     }
     tally.above += n - below - count;
     uint32_t lanes[Simd::kWidth];
