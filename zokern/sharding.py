@@ -6,7 +6,7 @@ A DTensor that is replicated counts as a whole tensor on each rank.
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 # The process groups over whose ranks the parts of a tensor lie: one for each sharded dimension of
 # its mesh.
 Groups = tuple[Any, ...]
+
+
+class Part(NamedTuple):
+    """Of a tensor the part that this rank has: where it lies, of how many elements, and the groups
+    of those that have the others."""
+
+    shard: Shard
+    numel: int
+    groups: Groups
 
 
 def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
@@ -95,6 +104,29 @@ def groups_of(tensor: Tensor) -> Groups:
         for i, placement in enumerate(tensor.placements)
         if hasattr(placement, "dim")
     )
+
+
+def describe(tensor: Tensor) -> Part:
+    """Raises ValueError as :func:`shard_of`."""
+    return Part(shard_of(tensor), tensor.numel(), groups_of(tensor))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor; of a DTensor all its ranks must ask for it."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def placed(tensor: Tensor, param: Tensor) -> Tensor:
+    """A tensor of a parameter's shape, placed like it.
+
+    A DTensor that lies in other parts is put together first, by all its ranks.
+    """
+    if is_dtensor(tensor) and is_dtensor(param):
+        same = tensor.device_mesh == param.device_mesh and tensor.placements == param.placements
+        if same:
+            return tensor
+    full = whole(tensor)
+    return like(param, part_of(full, param).clone()) if is_dtensor(param) else full
 
 
 def gathered(own: Tensor, groups: Groups) -> Tensor:

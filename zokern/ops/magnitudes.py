@@ -22,10 +22,22 @@ from zokern.arguments import (
     unsigned,
 )
 from zokern.checks import check_adam_numbers, check_adam_step, check_difference, check_table
-from zokern.merging import AdamSteps, Differences, L1Sums, Mask, Selection, Values
+from zokern.merging import (
+    AdamSteps,
+    Differences,
+    EqualCounts,
+    Histogram,
+    L1Sums,
+    Mask,
+    Selection,
+    Values,
+    tensors_of,
+)
 from zokern.sweep import Shard
 
 Thresholds = tuple[Tensor, Tensor]
+# Of a histogram.
+MAX_BINS, MAGNITUDES = 1 << 16, 1 << 31
 
 
 def magnitude_threshold(
@@ -126,6 +138,12 @@ def l1_sums(values: Values, mask: Mask) -> Tensor:
     Returns:
         A float32 tensor of shape (number of tensors, 2) on the device of the values, which is one.
     """
+    return exact_l1_sums(values, mask).float()
+
+
+def exact_l1_sums(values: Values, mask: Mask) -> Tensor:
+    """:func:`l1_sums` in float64, for whoever adds them to others: rounded there for the first time,
+    they may differ between backends in their last bit."""
     name = "adam_l1_sums" if isinstance(values, AdamSteps) else "magnitude_l1_sums"
     with torch.no_grad():
         return getattr(torch.ops.zokern, name)(
@@ -138,6 +156,28 @@ def l1_sums(values: Values, mask: Mask) -> Tensor:
             mask.tensor_ids,
             signed(mask.seed),
         )
+
+
+def histogram(values: Values, lows: Tensor, shift: int, bins: int) -> Tensor:
+    """How many magnitudes lie in each bin, see :class:`zokern.merging.Histogram`.
+
+    Returns:
+        An int64 tensor of shape (number of tensors, bins) on the device of the values.
+    """
+    name = "adam_histogram" if isinstance(values, AdamSteps) else "magnitude_histogram"
+    with torch.no_grad():
+        return getattr(torch.ops.zokern, name)(*_flat_values(values), lows, shift, bins)
+
+
+def equal_counts(values: Values, magnitudes: Tensor, edges: Tensor) -> Tensor:
+    """How many values have a magnitude, see :class:`zokern.merging.EqualCounts`.
+
+    Returns:
+        An int64 tensor of shape (number of tensors, ranges) on the device of the values.
+    """
+    name = "adam_equal_counts" if isinstance(values, AdamSteps) else "magnitude_equal_counts"
+    with torch.no_grad():
+        return getattr(torch.ops.zokern, name)(*_flat_values(values), magnitudes, edges)
 
 
 def _counts(k: int | Sequence[int], count: int, joined: bool) -> list[int]:
@@ -238,16 +278,31 @@ def _sums(
     return L1Sums(values, Mask(thresholds, cuts, draws, limits, own, ids, unsigned(seed)))
 
 
-def _tensors(values: Values) -> list[Tensor]:
-    return values.tensors if isinstance(values, Differences) else values.grads
+def _histogram(values: Values, lows: Tensor, shift: int, bins: int) -> Histogram:
+    check_table("lows", lows, torch.int64, (_length(values),))
+    if not (1 <= bins <= MAX_BINS and shift >= 0 and bins << shift <= MAGNITUDES):
+        raise ValueError(
+            f"bins must be from 1 to {MAX_BINS}, and of all magnitudes at most, not {bins} of "
+            f"2^{shift}"
+        )
+    return Histogram(values, lows, shift, bins)
+
+
+def _equal_counts(values: Values, magnitudes: Tensor, edges: Tensor) -> EqualCounts:
+    count = _length(values)
+    check_table("magnitudes", magnitudes, torch.int64, (count,))
+    if edges.dim() != 2 or edges.shape[1] < 2:
+        raise ValueError(f"edges must be a row of 2 or more for each tensor, not {edges.shape}")
+    check_table("edges", edges, torch.int64, (count, edges.shape[1]))
+    return EqualCounts(values, magnitudes, edges)
 
 
 def _length(values: Values) -> int:
-    return len(_tensors(values))
+    return len(tensors_of(values))
 
 
 def _device(values: Values) -> torch.device:
-    tensors = _tensors(values)
+    tensors = tensors_of(values)
     return tensors[0].device if tensors else torch.device("cpu")
 
 
@@ -267,13 +322,39 @@ def _run_select(selection: Selection) -> tuple[Tensor, ...]:
 
 
 def _empty_sums(sums: L1Sums) -> Tensor:
-    return torch.empty(_length(sums.values), 2, device=_device(sums.values))
+    shape = _length(sums.values), 2
+    return torch.empty(shape, dtype=torch.float64, device=_device(sums.values))
 
 
 def _run_l1_sums(sums: L1Sums) -> Tensor:
     if _length(sums.values) == 0:
         return _empty_sums(sums)
     return backends.select(_device(sums.values)).l1_sums(sums)
+
+
+def _empty_counts(values: Values, columns: int) -> Tensor:
+    shape = _length(values), columns
+    return torch.empty(shape, dtype=torch.int64, device=_device(values))
+
+
+def _empty_histogram(histogram: Histogram) -> Tensor:
+    return _empty_counts(histogram.values, histogram.bins)
+
+
+def _run_histogram(histogram: Histogram) -> Tensor:
+    if _length(histogram.values) == 0:
+        return _empty_histogram(histogram)
+    return backends.select(_device(histogram.values)).histogram(histogram)
+
+
+def _empty_equal_counts(counts: EqualCounts) -> Tensor:
+    return _empty_counts(counts.values, counts.edges.shape[1] - 1)
+
+
+def _run_equal_counts(counts: EqualCounts) -> Tensor:
+    if _length(counts.values) == 0:
+        return _empty_equal_counts(counts)
+    return backends.select(_device(counts.values)).equal_counts(counts)
 
 
 def _register(name: str, schema: str, read: Callable, run: Callable, fake: Callable) -> None:
@@ -299,6 +380,20 @@ def _register_kind(kind: str, operands: str, read: Callable[..., Values]) -> Non
         lambda *args: _sums(read(*args[:n]), *args[n:]),
         _run_l1_sums,
         _empty_sums,
+    )
+    _register(
+        f"zokern::{kind}_histogram",
+        f"({operands}, Tensor lows, int shift, int bins) -> Tensor",
+        lambda *args: _histogram(read(*args[:n]), *args[n:]),
+        _run_histogram,
+        _empty_histogram,
+    )
+    _register(
+        f"zokern::{kind}_equal_counts",
+        f"({operands}, Tensor magnitudes, Tensor edges) -> Tensor",
+        lambda *args: _equal_counts(read(*args[:n]), *args[n:]),
+        _run_equal_counts,
+        _empty_equal_counts,
     )
 
 

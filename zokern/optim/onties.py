@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zokern import ops
-from zokern.merging import AdamSteps, Mask, SparseTau
+from zokern.merging import AdamSteps, Mask, SparseTau, some_of
 from zokern.optim.merging import Member, MergingAdamW
 from zokern.optim.merging_groups import NEGLIGIBLE, Group
 from zokern.optim.reference import Source, smaller, stored_dtype
@@ -138,7 +138,7 @@ class OnTIESAdamW(MergingAdamW):
         thresholds = torch.zeros(len(members), device=device)
         cuts = self._column(members, numels, torch.int64).to(device, copy=True)
         if masked:
-            chosen = _some_of(steps, masked)
+            chosen = some_of(steps, masked)
             key = tuple(id(members[i].param) for i in masked)
             found = ops.adam_threshold(chosen, [counts[i] for i in masked], self._near.get(key))
             at = self._column([members[i] for i in masked], masked, torch.int64).to(device)
@@ -169,16 +169,3 @@ class OnTIESAdamW(MergingAdamW):
             if every >= NEGLIGIBLE:
                 masked = (masked.float() * (every / kept)).to(dtype)
         return smaller(masked)
-
-
-def _some_of(steps: AdamSteps, members: list[int]) -> AdamSteps:
-    if len(members) == len(steps.grads):
-        return steps
-    return AdamSteps(
-        [steps.grads[i] for i in members],
-        [steps.exp_avgs[i] for i in members],
-        [steps.exp_avg_sqs[i] for i in members],
-        None if steps.cached is None else [steps.cached[i] for i in members],
-        steps.numbers[members],
-        steps.merges[members],
-    )
