@@ -109,7 +109,7 @@ class Differences:
 
 
 Values = AdamSteps | Differences
-SomeValues = TypeVar("SomeValues", AdamSteps, Differences)
+SomeValues = TypeVar("SomeValues", bound=Values)
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,8 @@ def section_of(values: SomeValues, i: int, section: slice) -> SomeValues:
 
 
 def _with_operands(
-    values: SomeValues, own: Callable[[list[Tensor] | None], Any], members: list[int]
-) -> SomeValues:
+    values: Values, own: Callable[[list[Tensor] | None], Any], members: list[int]
+) -> Any:
     if isinstance(values, Differences):
         return replace(values, tensors=own(values.tensors), bases=own(values.bases))
     return replace(

@@ -113,7 +113,12 @@ def describe(tensor: Tensor) -> Part:
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor; of a DTensor all its ranks must ask for it."""
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+    if not is_dtensor(tensor):
+        return tensor
+    if tensor.dtype == torch.int16:
+        # Neither gloo nor NCCL sends int16.
+        return whole(like(tensor, local(tensor).view(torch.float16))).view(torch.int16)
+    return tensor.full_tensor()
 
 
 def placed(tensor: Tensor, param: Tensor) -> Tensor:
@@ -127,6 +132,14 @@ def placed(tensor: Tensor, param: Tensor) -> Tensor:
             return tensor
     full = whole(tensor)
     return like(param, part_of(full, param).clone()) if is_dtensor(param) else full
+
+
+def of_first_rank(own: int, tensor: "DTensor") -> int:
+    """The 64-bit number that the first rank of a DTensor's mesh has."""
+    mesh = tensor.device_mesh
+    signed = torch.tensor(own - (1 << 64) if own >> 63 else own)
+    every = gathered(signed, tuple(mesh.get_group(i) for i in range(mesh.ndim)))
+    return int(every[0]) % (1 << 64)
 
 
 def gathered(own: Tensor, groups: Groups) -> Tensor:

@@ -142,8 +142,7 @@ def l1_sums(values: Values, mask: Mask) -> Tensor:
 
 
 def exact_l1_sums(values: Values, mask: Mask) -> Tensor:
-    """:func:`l1_sums` in float64, for whoever adds them to others: rounded there for the first time,
-    they may differ between backends in their last bit."""
+    """:func:`l1_sums` in float64, where the last bits may be a backend's own."""
     name = "adam_l1_sums" if isinstance(values, AdamSteps) else "magnitude_l1_sums"
     with torch.no_grad():
         return getattr(torch.ops.zokern, name)(

@@ -4,6 +4,7 @@ The ranks tell each other how many elements lie where, and never the elements: a
 answer, that of the full tensor.
 """
 
+import binascii
 from collections.abc import Callable, Sequence
 
 import torch
@@ -56,6 +57,9 @@ def threshold_of_parts(values: Values, k: Sequence[int], parts: Sequence[Part]) 
 
     Returns:
         The thresholds, and the cuts of this rank's parts, as :func:`magnitude_threshold`.
+
+    Raises:
+        RuntimeError: on all ranks, where they ask for different tensors.
     """
     tensors = tensors_of(values)
     magnitudes = torch.zeros(len(parts), dtype=torch.int64)
@@ -66,6 +70,7 @@ def threshold_of_parts(values: Values, k: Sequence[int], parts: Sequence[Part]) 
     for groups, places in positions(parts[i].groups for i in searched).items():
         members = pick(searched, places)
         some, own = some_of(values, members), pick(parts, members)
+        _check_alike([(part.numel, k[i]) for part, i in zip(own, members, strict=True)], groups)
         magnitudes[members], kept, equals = _kth_largest(some, pick(k, members), own, groups)
         cutting = (kept < equals).nonzero().flatten().tolist()
         if cutting:
@@ -82,8 +87,21 @@ def l1_sums_of_parts(values: Values, mask: Mask, parts: Sequence[Part]) -> Tenso
     sums = exact_l1_sums(values, mask)
     for groups, members in positions(part.groups for part in parts).items():
         if groups:
+            _check_alike([parts[i].numel for i in members], groups)
             sums[members] = sharding.exact_total(sums[members], groups).to(sums.device)
     return sums.float()
+
+
+def _check_alike(asked: list, groups: Groups) -> None:
+    """Raises RuntimeError on all ranks where they ask for different things."""
+    own = torch.tensor(binascii.crc32(repr(asked).encode()))
+    every = sharding.gathered(own, groups).tolist()
+    if len(set(every)) > 1:
+        raise RuntimeError(
+            "the ranks that have parts of the same tensors must step the same ones in the same "
+            f"order, by the same hyper-parameters: this one steps {len(asked)}; does one of them "
+            "lack gradients?"
+        )
 
 
 def _kth_largest(
@@ -102,7 +120,7 @@ def _kth_largest(
 def _cuts(
     values: Values, magnitudes: Tensor, kept: Tensor, parts: Sequence[Part], groups: Groups
 ) -> Tensor:
-    """Behind the last of the equals that are kept, which are those of lowest index, in each part."""
+    """Where in each part the equals end that are kept: those of lowest index."""
     numels = [tensor.numel() for tensor in tensors_of(values)]
 
     def places(indices: Tensor) -> Tensor:

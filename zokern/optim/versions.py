@@ -5,12 +5,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from zokern.sharding import local
+
 
 class Versions:
     """The versions of parameters when the optimizer last knew what they held."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[int, int]] = {}
+        self._known: dict[int, tuple[int, ...]] = {}
 
     def note(self, params: Iterable[Tensor]) -> None:
         """They hold what the optimizer has written, or has just been given."""
@@ -32,9 +34,12 @@ class Versions:
         return self._known.get(id(param)) != _version(param)
 
 
-def _version(param: Tensor) -> tuple[int, int]:
+def _version(param: Tensor) -> tuple[int, ...]:
     """How often it was written to, and where it lies: ``.data`` may be another tensor's."""
     # A parameter that is watched keeps its address to itself.
     with torch._C.DisableTorchFunctionSubclass():
+        # What is done to a DTensor counts there, what is done to its part there.
+        own = local(param)
         # Inference tensors count no versions.
-        return -1 if param.is_inference() else param._version, param.data_ptr()
+        counts = (-1 if tensor.is_inference() else tensor._version for tensor in (param, own))
+        return *counts, own.data_ptr()
