@@ -215,11 +215,30 @@ def masks_of_parts() -> None:
                 assert torch.equal(mask_of(own[i], found[0][i], found[1][i]), part), (name, share)
 
 
+def thresholds_of_dtensors() -> None:
+    place = placing(((dist.get_world_size(),), (0,)))
+    value, base = SELECTED["random"], 0.5 * SELECTED["random"].flip(0)
+    tensors = [place(value), value]
+    thresholds, cuts = ops.magnitude_threshold(tensors, [70, 80], bases=[place(base), base])
+    wanted = ops.magnitude_threshold([value, value], [70, 80], bases=[base, base])
+    assert torch.equal(thresholds, wanted[0])
+    assert cuts.tolist() == [sharding.local(tensors[0]).numel(), int(wanted[1][1])]
+    for arguments, said in (
+        (([place(SELECTED["NaN"])], 3), r"tensors\[0\].*NaN"),
+        (([tensors[0]], 3, [base]), r"bases\[0\] must be a DTensor"),
+        (([tensors[0]], 3, None, True), "joined"),
+    ):
+        names = ("tensors", "k", "bases", "joined")
+        with pytest.raises(ValueError, match=said):
+            ops.magnitude_threshold(**dict(zip(names, arguments, strict=False)))
+
+
 def masks_of_parts_on_backends() -> None:
     for backend in ("native", "reference"):
         if zokern.backends.load(backend).why_not(torch.device("cpu")) is None:
             with zokern.use_backend(backend):
                 masks_of_parts()
+    thresholds_of_dtensors()
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -319,12 +338,15 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path):
 def refusals() -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    flat = FullyShardedDataParallel(
-        nn.Linear(6, 9), use_orig_params=True, device_id=torch.device("cpu")
-    )
-    for cls in (zokern.OnDAREAdamW, zokern.OnTIESAdamW):
-        with pytest.raises(TypeError, match="weight this rank has: FullyShardedDataParallel"):
-            cls(flat.named_parameters(), semantics="paper")
+    for keeps in (True, False):
+        layer = nn.Linear(6, 9)
+        before = zokern.OnDAREAdamW(layer.named_parameters())
+        flat = FullyShardedDataParallel(layer, use_orig_params=keeps, device_id=torch.device("cpu"))
+        with pytest.raises(TypeError, match="this rank has: FullyShardedDataParallel"):
+            zokern.OnTIESAdamW(flat.named_parameters(), semantics="paper")
+        if keeps:
+            with pytest.raises(TypeError, match="this rank has: FullyShardedDataParallel"):
+                before.step()
 
     place = placing(((2,), (0,)))
     net = Net(torch.float32, place)
@@ -393,6 +415,22 @@ def odds() -> list[Any]:
     together.load_state_dict(going_on.state_dict())
     check_same(everything(alone, together), found | weights_of(alone), "a sharded state")
     return [drawn, sharding.whole(net.a.detach()), zeros, found]
+
+
+def write_to_weights() -> None:
+    net = Net(torch.bfloat16, placing(((2,), (0,))))
+    opt = zokern.OnDAREAdamW(net.named_parameters(), lr=1e-2, precision="master", seed=0)
+    train(net, opt)
+    own = sharding.local(net.a)
+    for weight in (net.a, own):
+        with torch.no_grad():
+            weight.fill_(1.0)
+        train(net, opt)
+        assert 0 < (own - 1.0).abs().max() < 0.1
+
+
+def test_weights_that_somebody_else_has_written_are_gone_on_from(tmp_path):
+    ranks.run(write_to_weights, 2, tmp_path)
 
 
 def test_seeds_partial_gradients_sharded_references_and_whole_states(tmp_path):

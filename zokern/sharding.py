@@ -121,15 +121,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor()
 
 
+def is_placed_like(tensor: Tensor, other: Tensor) -> bool:
+    if not is_dtensor(tensor) or not is_dtensor(other):
+        return is_dtensor(tensor) == is_dtensor(other)
+    return tensor.device_mesh == other.device_mesh and tensor.placements == other.placements
+
+
 def placed(tensor: Tensor, param: Tensor) -> Tensor:
     """A tensor of a parameter's shape, placed like it.
 
     A DTensor that lies in other parts is put together first, by all its ranks.
     """
-    if is_dtensor(tensor) and is_dtensor(param):
-        same = tensor.device_mesh == param.device_mesh and tensor.placements == param.placements
-        if same:
-            return tensor
+    if is_placed_like(tensor, param):
+        return tensor
     full = whole(tensor)
     return like(param, part_of(full, param).clone()) if is_dtensor(param) else full
 

@@ -5,7 +5,7 @@ The values are tensors, their differences from others, or the steps that Adam is
 the operators.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from zokern.arguments import (
     integers,
     pick,
     signed,
-    tensor_list,
     unsigned,
 )
 from zokern.checks import check_adam_numbers, check_adam_step, check_difference, check_table
@@ -40,52 +39,6 @@ Thresholds = tuple[Tensor, Tensor]
 MAX_BINS, MAGNITUDES = 1 << 16, 1 << 31
 
 
-def magnitude_threshold(
-    tensors: Iterable[Tensor],
-    k: int | Sequence[int],
-    *,
-    bases: Iterable[Tensor] | None = None,
-    joined: bool = False,
-    near: Tensor | None = None,
-) -> Thresholds:
-    """The thresholds that keep exactly the k elements of largest magnitude, without a sort.
-
-    With values v = x, or x - base in float32, the k-th largest ``|v|`` is the threshold t, and an
-    element of index i (in row-major order) is kept iff ::
-
-        |v[i]| > t    or    |v[i]| == t and i < cut
-
-    so that of equal magnitudes those of lower index are kept: min(k, numel) elements, the same on
-    every backend and device. The mask of a tensor ``x`` ::
-
-        (t,), (cut,) = magnitude_threshold([x], k)
-        index = torch.arange(x.numel(), device=x.device).view(x.shape)
-        mask = (x.float().abs() > t) | ((x.float().abs() == t) & (index < cut))
-
-    Args:
-        tensors: float32, bfloat16 or float16 tensors x, in any memory format.
-        k: how many to keep, 0 ≤ k, of all tensors alike or of each.
-        bases: a tensor (float32, bfloat16 or float16) of each x's shape.
-        joined: keep k elements in all, as if the tensors were one, in their order. They must be on
-            one device.
-        near: float32 thresholds that the new ones may be close to, for example those of the step
-            before: one for each tensor (if joined, the first counts), NaN where there is none. It
-            can save a pass over the tensors and never changes the result.
-
-    Returns:
-        ``thresholds`` (float32) and ``cuts`` (int64) of shape (len(tensors),), on the device of the
-        tensors (of the first one). Where k is 0 the threshold is NaN and the cut 0; where k is at
-        least the number of elements they are 0 and that number.
-
-    Raises:
-        TypeError, ValueError: for an argument out of range or a tensor whose values have NaN,
-            naming it.
-    """
-    tensors = tensor_list("tensors", tensors)
-    bases = None if bases is None else tensor_list("bases", bases)
-    return difference_threshold(Differences(tensors, bases), k, joined=joined, near=near)
-
-
 def difference_threshold(
     values: Differences,
     k: int | Sequence[int],
@@ -93,12 +46,13 @@ def difference_threshold(
     joined: bool = False,
     near: Tensor | None = None,
 ) -> Thresholds:
-    """:func:`magnitude_threshold` of values that may be rounded to the dtype of the tensors."""
+    """:func:`zokern.ops.magnitude_threshold` of values that may be rounded to the dtype of the
+    tensors, which are no DTensors."""
     tensors, bases, rounded = values.tensors, values.bases, values.rounded
     count = len(tensors)
     if bases is not None:
         check_flat(count, bases=(bases, 1))
-    counts = _counts(k, count, joined)
+    counts = counts_of(k, count, joined)
     near = _near(near, count, joined)
     groups = list(by_device(tensors).values())
     if joined and len(groups) > 1:
@@ -118,14 +72,15 @@ def difference_threshold(
             for result, own in zip(results, found, strict=True):
                 result[members] = own.to(home)
     thresholds, cuts, largest = results
-    _check_no_nan(tensors, largest)
+    check_no_nan(tensors, largest.isnan())
     return thresholds, cuts
 
 
 def adam_threshold(steps: AdamSteps, k: int | Sequence[int], near: Tensor | None = None) -> tuple:
-    """:func:`magnitude_threshold` of Adam's steps Δ, all on one device; NaN counts as largest."""
+    """:func:`zokern.ops.magnitude_threshold` of Adam's steps Δ, all on one device; NaN counts as
+    largest."""
     count = len(steps.grads)
-    counts, near = _counts(k, count, False), _near(near, count, False)
+    counts, near = counts_of(k, count, False), _near(near, count, False)
     with torch.no_grad():
         return torch.ops.zokern.adam_threshold(*_flat_values(steps), counts, False, near)[:2]
 
@@ -179,7 +134,7 @@ def equal_counts(values: Values, magnitudes: Tensor, edges: Tensor) -> Tensor:
         return getattr(torch.ops.zokern, name)(*_flat_values(values), magnitudes, edges)
 
 
-def _counts(k: int | Sequence[int], count: int, joined: bool) -> list[int]:
+def counts_of(k: int | Sequence[int], count: int, joined: bool) -> list[int]:
     wanted = 1 if joined else count
     if not isinstance(k, Sequence):
         return [integer("k", k, bits=63)] * wanted
@@ -200,8 +155,8 @@ def _near(near: Tensor | None, count: int, joined: bool) -> Tensor | None:
     return near[:1] if joined else near
 
 
-def _check_no_nan(tensors: list[Tensor], largest: Tensor) -> None:
-    nan = largest.isnan()
+def check_no_nan(tensors: Sequence[Tensor], nan: Tensor) -> None:
+    """Raises ValueError, naming it, for a tensor that is said to have some."""
     if nan.any():
         i = int(nan.nonzero()[0])
         shape, dtype = tuple(tensors[i].shape), tensors[i].dtype

@@ -5,17 +5,20 @@ answer, that of the full tensor.
 """
 
 import binascii
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from zokern import sharding
-from zokern.arguments import pick, positions
-from zokern.merging import AdamSteps, Mask, Values, some_of, tensors_of
+from zokern.arguments import check_flat, pick, positions, tensor_list
+from zokern.merging import AdamSteps, Differences, Mask, Values, some_of, tensors_of
 from zokern.ops.magnitudes import (
     Thresholds,
     adam_threshold,
+    check_no_nan,
+    counts_of,
+    difference_threshold,
     equal_counts,
     exact_l1_sums,
     histogram,
@@ -28,6 +31,83 @@ MAGNITUDE_BITS = (11, 10, 10)
 INDEX_BITS = 12
 # The threshold that no magnitude is above: with a cut of 0 nothing is kept.
 NOTHING = 0x7FFFFFFF
+# Of greater magnitude is only what is not a number.
+INFINITY = 0x7F800000
+
+
+def magnitude_threshold(
+    tensors: Iterable[Tensor],
+    k: int | Sequence[int],
+    *,
+    bases: Iterable[Tensor] | None = None,
+    joined: bool = False,
+    near: Tensor | None = None,
+) -> Thresholds:
+    """The thresholds that keep exactly the k elements of largest magnitude, without a sort.
+
+    With values v = x, or x - base in float32, the k-th largest ``|v|`` is the threshold t, and an
+    element of index i (in row-major order) is kept iff ::
+
+        |v[i]| > t    or    |v[i]| == t and i < cut
+
+    so that of equal magnitudes those of lower index are kept: min(k, numel) elements, the same on
+    every backend and device. The mask of a tensor ``x`` ::
+
+        (t,), (cut,) = magnitude_threshold([x], k)
+        index = torch.arange(x.numel(), device=x.device).view(x.shape)
+        mask = (x.float().abs() > t) | ((x.float().abs() == t) & (index < cut))
+
+    Args:
+        tensors: float32, bfloat16 or float16 tensors x, in any memory format. A DTensor counts as
+            its full tensor, of which all ranks that have parts must ask; its cut is that of this
+            rank's part.
+        k: how many to keep, 0 ≤ k, of all tensors alike or of each.
+        bases: a tensor (float32, bfloat16 or float16) of each x's shape, placed like it.
+        joined: keep k elements in all, as if the tensors were one, in their order. They must be on
+            one device, and no DTensors.
+        near: float32 thresholds that the new ones may be close to, for example those of the step
+            before: one for each tensor (if joined, the first counts), NaN where there is none. It
+            can save a pass over the tensors and never changes the result; with DTensors it is not
+            looked at.
+
+    Returns:
+        ``thresholds`` (float32) and ``cuts`` (int64) of shape (len(tensors),), on the device of the
+        tensors (of the first one). Where k is 0 the threshold is NaN and the cut 0; where k is at
+        least the number of elements they are 0 and that number.
+
+    Raises:
+        TypeError, ValueError: for an argument out of range or a tensor whose values have NaN,
+            naming it.
+    """
+    tensors = tensor_list("tensors", tensors)
+    bases = None if bases is None else tensor_list("bases", bases)
+    if not any(map(sharding.is_dtensor, tensors)):
+        return difference_threshold(Differences(tensors, bases), k, joined=joined, near=near)
+    if joined:
+        raise ValueError("DTensors cannot be joined")
+    check_flat(len(tensors), bases=(bases or tensors, 1))
+    for i, (tensor, base) in enumerate(zip(tensors, bases or tensors, strict=True)):
+        if not sharding.is_placed_like(base, tensor):
+            raise ValueError(f"bases[{i}] must be a DTensor that is placed like tensors[{i}]")
+    own = Differences(_own(tensors), None if bases is None else _own(bases))
+    parts = [sharding.describe(tensor) for tensor in tensors]
+    with torch.no_grad():
+        thresholds, cuts = threshold_of_parts(own, counts_of(k, len(tensors), False), parts)
+        check_no_nan(tensors, _have_nan(own, parts))
+    return thresholds, cuts
+
+
+def _own(tensors: list[Tensor]) -> list[Tensor]:
+    return [sharding.local(tensor) for tensor in tensors]
+
+
+def _have_nan(values: Differences, parts: Sequence[Part]) -> Tensor:
+    """Which of the full tensors have values that are NaN."""
+    above_infinity = torch.full((len(parts),), INFINITY + 1)
+    counts = histogram(values, above_infinity, 23, 1).cpu()
+    for groups, members in positions(part.groups for part in parts).items():
+        counts[members] = sharding.total(counts[members], groups)
+    return counts.flatten() > 0
 
 
 def adam_threshold_of_parts(

@@ -15,7 +15,7 @@ from zokern.optim.interrupts import uninterrupted
 from zokern.optim.merging_groups import Group, check_group, check_paper, numbers_of
 from zokern.optim.merging_state import MergingState
 from zokern.optim.merging_tables import Member, OnDevice, OnHost, Tables
-from zokern.optim.parameters import named, tensor_ids
+from zokern.optim.parameters import check_unflattened, named, tensor_ids
 from zokern.optim.reference import Source, Weights, check_weights
 from zokern.sharding import Part, describe, is_dtensor, local, placed, whole
 
@@ -144,14 +144,17 @@ class MergingAdamW(MergingState):
         return loss
 
     def _check_owned(self) -> None:
-        """Raises RuntimeError where somebody has put other parameters into the groups."""
+        """Raises RuntimeError or TypeError for parameters that somebody has replaced."""
+        owner = type(self).__name__
         if not all(param in self.state for group in self.param_groups for param in group["params"]):
             raise RuntimeError(
-                f"the groups of this {type(self).__name__} hold parameters that it was not given. "
-                "DeepSpeed ZeRO does that: it flattens parameters and drops their names, by which "
-                "masks and references go; shard the model with torch.distributed.fsdp.fully_shard "
-                "(FSDP2) instead"
+                f"the groups hold parameters that this {owner} was not given: give it those of the "
+                "model after that has been sharded. DeepSpeed ZeRO puts flattened ones there, "
+                "without the names by which masks and references go; take FSDP2 "
+                "(torch.distributed.fsdp.fully_shard)"
             )
+        for name, param in named(self.param_groups):
+            check_unflattened(name, param, owner)
 
     def _members(self) -> list[Member]:
         self._check_owned()

@@ -15,6 +15,12 @@ from zokern.sharding import is_dtensor, local, shard_of
 
 Groups = list[dict[str, Any]]
 
+# What a parameter has that somebody has flattened, and who.
+FLATTENED = (
+    ("_fsdp_flattened", "FullyShardedDataParallel (FSDP1)"),
+    ("ds_id", "DeepSpeed ZeRO"),
+)
+
 
 def named(groups: Groups) -> list[tuple[str, Tensor]]:
     """All parameters in order, with their names or, for unnamed ones, their positions."""
@@ -63,17 +69,8 @@ def check_params(group: dict[str, Any], precision: str, owner: str) -> None:
 
 
 def _check_kind(name: str, param: Tensor, owner: str) -> None:
-    """Raises TypeError or ValueError for a part of which nobody says where its elements belong."""
-    for mark, wrapper in (
-        ("_fsdp_flattened", "FullyShardedDataParallel (FSDP1)"),
-        ("ds_id", "DeepSpeed ZeRO"),
-    ):
-        if hasattr(param, mark):
-            raise TypeError(
-                f"{owner} cannot tell which elements of {name} this rank has: {wrapper} has "
-                "flattened it; shard the model with torch.distributed.fsdp.fully_shard (FSDP2), "
-                "whose parameters are DTensors"
-            )
+    """Raises TypeError or ValueError for one of which it cannot be told where its elements lie."""
+    check_unflattened(name, param, owner)
     if is_dtensor(param):
         try:
             shard_of(param)
@@ -83,6 +80,17 @@ def _check_kind(name: str, param: Tensor, owner: str) -> None:
         raise TypeError(
             f"{owner} takes plain tensors and DTensors; {name} is a {type(param).__name__}"
         )
+
+
+def check_unflattened(name: str, param: Tensor, owner: str) -> None:
+    """Raises TypeError for one that somebody has flattened, to share it out among ranks."""
+    for mark, wrapper in FLATTENED:
+        if hasattr(param, mark):
+            raise TypeError(
+                f"{owner} cannot tell which elements of {name} this rank has: {wrapper} has "
+                "flattened it; shard the model with torch.distributed.fsdp.fully_shard (FSDP2), "
+                "whose parameters are DTensors"
+            )
 
 
 def check_tensor_ids(groups: Groups) -> None:
