@@ -246,13 +246,27 @@ def test_masks_of_parts_are_the_parts_of_masks(size, tmp_path):
     ranks.run(masks_of_parts_on_backends, size, tmp_path)
 
 
-def train_fully_sharded(name: str) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights of a model that FSDP2 trains, and of one process given the same gradients."""
+def shard_fully(model: nn.Sequential) -> None:
+    """By FSDP2, and by tensor parallelism before where there are ranks for it."""
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import parallel
+
+    mesh = None
+    if dist.get_world_size() == 4:
+        meshes = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        plan = {"0": parallel.ColwiseParallel(), "2": parallel.RowwiseParallel()}
+        parallel.parallelize_module(model, meshes["tensor"], plan)
+        mesh = meshes["data"]
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def train_fully_sharded(name: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights of a model that is trained in parts, and of one process with its gradients."""
 
     def network() -> nn.Sequential:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
+        return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3))
 
     model, alone = network(), network()
     cls, _, arguments = CASES[name]
@@ -260,10 +274,10 @@ def train_fully_sharded(name: str) -> tuple[list[Tensor], list[Tensor]]:
     reference = {name: weight * 1.01 for name, weight in weights.items()}
     common = {**arguments, "seed": 3, "reference": reference, "base": weights}
     expected = cls(alone.named_parameters(), **common)
-    fully_shard(model[0])
-    fully_shard(model)
+    shard_fully(model)
     opt = cls(model.named_parameters(), **common)
-    x = randn(4, 6, seed=10 + dist.get_rank())
+    # Ranks of tensor parallelism see the same data.
+    x = randn(4, 6, seed=10 + dist.get_rank() // (dist.get_world_size() // 2))
     for _ in range(STEPS):
         F.cross_entropy(model(x), torch.arange(4) % 3).backward()
         for param, other in zip(model.parameters(), alone.parameters(), strict=True):
@@ -281,8 +295,9 @@ def fully_sharded() -> list[tuple[list[Tensor], list[Tensor]]]:
     return [train_fully_sharded(name) for name in ("dare", "ties")]
 
 
-def test_a_fully_sharded_model_takes_the_steps_of_one_process(tmp_path):
-    first, *others = ranks.run(fully_sharded, 2, tmp_path)
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_fully_sharded_model_takes_the_steps_of_one_process(size, tmp_path):
+    first, *others = ranks.run(fully_sharded, size, tmp_path)
     for i, (trained, expected) in enumerate(first):
         assert all(map(same_bits, trained, expected))
         assert all(all(map(same_bits, trained, other[i][0])) for other in others)
