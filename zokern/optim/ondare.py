@@ -41,7 +41,7 @@ class OnDAREAdamW(MergingAdamW):
     Args:
         params: as ``torch.optim`` takes them; ``model.named_parameters()`` is best: names find the
             reference's weights and make the masks independent of groups. float32, bfloat16 or
-            float16.
+            float16; DTensors of which each rank has a part are taken as the full tensors.
         lr, betas, eps, weight_decay: of AdamW. lr may be a scalar tensor.
         correct_bias: correct the moments' bias; by default as the semantics say.
         no_deprecation_warning: is taken for compatibility, and means nothing.
