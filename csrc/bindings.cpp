@@ -327,7 +327,24 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "cpu_l1_sums",
         [](const L1Sums& sums, uintptr_t out, const std::string& capability, int threads) {
-            cpu_l1_sums(sums, reinterpret_cast<float*>(out), capability, threads);
+            cpu_l1_sums(sums, reinterpret_cast<double*>(out), capability, threads);
+        },
+        no_gil);
+    m.def(
+        "cpu_histogram",
+        [](const Values& values, uintptr_t lows, int shift, int64_t bins, uintptr_t out,
+           const std::string& capability, int threads) {
+            cpu_histogram(values, reinterpret_cast<const int64_t*>(lows), shift, bins,
+                          reinterpret_cast<int64_t*>(out), capability, threads);
+        },
+        no_gil);
+    m.def(
+        "cpu_equal_counts",
+        [](const Values& values, uintptr_t magnitudes, uintptr_t edges, int64_t ranges,
+           uintptr_t out, const std::string& capability, int threads) {
+            cpu_equal_counts(values, reinterpret_cast<const int64_t*>(magnitudes),
+                             reinterpret_cast<const int64_t*>(edges), ranges,
+                             reinterpret_cast<int64_t*>(out), capability, threads);
         },
         no_gil);
 
@@ -359,7 +376,7 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "host_grid_l1_sums",
         [](const L1Sums& sums, uintptr_t out) {
-            host_grid_l1_sums(sums, reinterpret_cast<float*>(out));
+            host_grid_l1_sums(sums, reinterpret_cast<double*>(out));
         },
         no_gil);
 
@@ -405,7 +422,7 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "cuda_l1_sums",
         [](const L1Sums& sums, uintptr_t out, uintptr_t scratch, int device, uintptr_t stream) {
-            cuda_l1_sums(sums, reinterpret_cast<float*>(out), reinterpret_cast<void*>(scratch),
+            cuda_l1_sums(sums, reinterpret_cast<double*>(out), reinterpret_cast<void*>(scratch),
                          device, stream);
         },
         no_gil);

@@ -14,6 +14,7 @@ from zokern import backends, ops
 from zokern.backends.reference import adam
 from zokern.backends.reference.noise import values_at
 from zokern.merging import AdamNumbers, AdamSteps, Differences, Mask
+from zokern.ops.magnitudes import equal_counts, histogram
 from zokern.sweep import Shard
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -246,7 +247,7 @@ def unlike_a_sample() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", unlike_a_sample())
-def test_large_tensors(native_backend, name):
+def test_of_large_tensors_a_sample_says_little(native_backend, name):
     value = unlike_a_sample()[name]
     for k in (1, 17, 700, 4000, 35000, 69999):
         for bases in (None, [randn(70001, seed=2) * 1e-3]):
@@ -553,3 +554,50 @@ def test_bad_operands_of_steps_and_masks_are_named():
         ops.l1_sums(steps, replace(mask, cuts=mask.draws))
     with pytest.raises(ValueError, match="limits must have the shape"):
         ops.l1_sums(steps, replace(mask, limits=mask.limits[1:]))
+
+
+def check_counts(values: AdamSteps | Differences, like: list[Tensor]) -> None:
+    own = [magnitudes(value) for value in like]
+    count = len(like)
+    lows = torch.tensor([int(m.median()) - 900 if m.numel() else 0 for m in own]).clamp(min=0)
+    for shift, bins, begin in ((20, 2048, lows * 0), (10, 1024, lows), (0, 1000, lows)):
+        got, wanted = both(histogram, values, begin, shift, bins)
+        assert torch.equal(got, wanted)
+        assert got.shape == (count, bins)
+    wanted_magnitudes = torch.tensor([int(m.mode().values) if m.numel() else 0 for m in own])
+    numels = torch.tensor([m.numel() for m in own])
+    edges = (numels[:, None] * torch.tensor([0, 0, 3, 5, 9, 10])) // 10
+    got, wanted = both(equal_counts, values, wanted_magnitudes, edges)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backends_count_alike(native_backend, dtype):
+    tensors = tensors_of_all_kinds(dtype)
+    large = DATA["tied"].repeat(100).to(dtype)
+    check_counts(Differences([*tensors, large]), [*tensors, large])
+    steps = adam_steps(dtype, torch.float32)
+    tensors = steps.grads
+    check_counts(steps, [adam.delta(steps, i) for i in range(len(tensors))])
+
+
+def test_histograms_and_counts_are_those_of_the_elements(fast_backend):
+    value = torch.tensor([1.0, -1.0, 1.5, 0.0, 2.0, 1.0])
+    one = 0x3F800000
+    lows, magnitude = torch.tensor([one]), torch.tensor([one])
+    assert histogram(Differences([value]), lows, 22, 3).tolist() == [[3, 1, 1]]
+    edges = torch.tensor([[0, 1, 1, 5, 6]])
+    assert equal_counts(Differences([value]), magnitude, edges).tolist() == [[1, 0, 1, 1]]
+
+
+def test_operators_that_count_pass_opcheck():
+    values, table = [DATA["random"]], torch.tensor([0])
+    torch.library.opcheck(torch.ops.zokern.magnitude_histogram, (values, [], False, table, 20, 64))
+    edges = torch.tensor([[0, 3, 9]])
+    torch.library.opcheck(
+        torch.ops.zokern.magnitude_equal_counts, (values, [], False, table, edges)
+    )
+    with pytest.raises(ValueError, match="bins must be from 1"):
+        histogram(Differences(values), table, 22, 1 << 16)
+    with pytest.raises(ValueError, match="edges"):
+        equal_counts(Differences(values), table, edges[:, :1])

@@ -169,6 +169,26 @@ def cpu_select(
     /,
 ) -> None: ...
 def cpu_l1_sums(sums: L1Sums, out: int, capability: str, threads: int, /) -> None: ...
+def cpu_histogram(
+    values: Values,
+    lows: int,
+    shift: int,
+    bins: int,
+    out: int,
+    capability: str,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_equal_counts(
+    values: Values,
+    magnitudes: int,
+    edges: int,
+    ranges: int,
+    out: int,
+    capability: str,
+    threads: int,
+    /,
+) -> None: ...
 def cpu_merge_deltas(merge: DeltaMerge, capability: str, threads: int, /) -> None: ...
 
 # The bodies of the CUDA kernels, run on the host over a simulated grid.

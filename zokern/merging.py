@@ -1,9 +1,9 @@
 """What the merging optimizers' operations do: the words in which ops speak to a backend."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -109,6 +109,7 @@ class Differences:
 
 
 Values = AdamSteps | Differences
+SomeValues = TypeVar("SomeValues", bound=Values)
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,32 @@ class L1Sums:
 
     values: Values
     mask: Mask
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many magnitudes of each tensor lie in each of ``bins`` bins of 2^shift magnitudes.
+
+    A magnitude is the integer of a float32's bits without the sign; the bins of a tensor begin at
+    its entry of ``lows`` (int64, on any device).
+    """
+
+    values: Values
+    lows: Tensor
+    shift: int
+    bins: int
+
+
+@dataclass(frozen=True)
+class EqualCounts:
+    """How many values of each tensor have a given magnitude, in each of a row of ranges.
+
+    A range goes from one edge (an index in row-major order) to the next.
+    """
+
+    values: Values
+    magnitudes: Tensor  # int64, an entry for each tensor
+    edges: Tensor  # int64, for each tensor a row of them, ascending, from 0 to its numel at most
 
 
 METHODS = ("dare", "dare_paper", "ties", "ties_paper", "ema")
@@ -191,6 +218,47 @@ class MergeStep:
         for i, tau in enumerate(self.taus or []):
             for tensor in tau if isinstance(tau, SparseTau) else (tau,):
                 yield "taus", i, tensor
+
+
+def tensors_of(values: Values) -> list[Tensor]:
+    """What the values are shaped like."""
+    return values.grads if isinstance(values, AdamSteps) else values.tensors
+
+
+def some_of(values: SomeValues, members: list[int]) -> SomeValues:
+    """Those of some tensors."""
+    if len(members) == len(tensors_of(values)):
+        return values
+
+    def own(tensors: list[Tensor] | None) -> list[Tensor] | None:
+        return None if tensors is None else [tensors[i] for i in members]
+
+    return _with_operands(values, own, members)
+
+
+def section_of(values: SomeValues, i: int, section: slice) -> SomeValues:
+    """Some of one tensor's values, in row-major order."""
+
+    def own(tensors: list[Tensor] | None) -> list[Tensor] | None:
+        return None if tensors is None else [tensors[i].flatten()[section]]
+
+    return _with_operands(values, own, [i])
+
+
+def _with_operands(
+    values: Values, own: Callable[[list[Tensor] | None], Any], members: list[int]
+) -> Any:
+    if isinstance(values, Differences):
+        return replace(values, tensors=own(values.tensors), bases=own(values.bases))
+    return replace(
+        values,
+        grads=own(values.grads),
+        exp_avgs=own(values.exp_avgs),
+        exp_avg_sqs=own(values.exp_avg_sqs),
+        cached=own(values.cached),
+        numbers=values.numbers[members],
+        merges=values.merges[members],
+    )
 
 
 def contiguous_steps(steps: AdamSteps, contiguous: RowMajor) -> AdamSteps:

@@ -6,7 +6,7 @@ A DTensor that is replicated counts as a whole tensor on each rank.
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 # The process groups over whose ranks the parts of a tensor lie: one for each sharded dimension of
 # its mesh.
 Groups = tuple[Any, ...]
+
+
+class Part(NamedTuple):
+    """Of a tensor the part that this rank has: where it lies, of how many elements, and the groups
+    of those that have the others."""
+
+    shard: Shard
+    numel: int
+    groups: Groups
 
 
 def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
@@ -95,6 +104,46 @@ def groups_of(tensor: Tensor) -> Groups:
         for i, placement in enumerate(tensor.placements)
         if hasattr(placement, "dim")
     )
+
+
+def describe(tensor: Tensor) -> Part:
+    """Raises ValueError as :func:`shard_of`."""
+    return Part(shard_of(tensor), tensor.numel(), groups_of(tensor))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor; of a DTensor all its ranks must ask for it."""
+    if not is_dtensor(tensor):
+        return tensor
+    if tensor.dtype == torch.int16:
+        # Neither gloo nor NCCL sends int16.
+        return whole(like(tensor, local(tensor).view(torch.float16))).view(torch.int16)
+    return tensor.full_tensor()
+
+
+def is_placed_like(tensor: Tensor, other: Tensor) -> bool:
+    if not is_dtensor(tensor) or not is_dtensor(other):
+        return is_dtensor(tensor) == is_dtensor(other)
+    return tensor.device_mesh == other.device_mesh and tensor.placements == other.placements
+
+
+def placed(tensor: Tensor, param: Tensor) -> Tensor:
+    """A tensor of a parameter's shape, placed like it.
+
+    A DTensor that lies in other parts is put together first, by all its ranks.
+    """
+    if is_placed_like(tensor, param):
+        return tensor
+    full = whole(tensor)
+    return like(param, part_of(full, param).clone()) if is_dtensor(param) else full
+
+
+def of_first_rank(own: int, tensor: "DTensor") -> int:
+    """The 64-bit number that the first rank of a DTensor's mesh has."""
+    mesh = tensor.device_mesh
+    signed = torch.tensor(own - (1 << 64) if own >> 63 else own)
+    every = gathered(signed, tuple(mesh.get_group(i) for i in range(mesh.ndim)))
+    return int(every[0]) % (1 << 64)
 
 
 def gathered(own: Tensor, groups: Groups) -> Tensor:

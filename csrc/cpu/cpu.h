@@ -41,6 +41,15 @@ void cpu_select(const Selection& selection, const Thresholds& out, const std::st
                 int threads);
 
 // Two sums for each tensor: of all magnitudes, and of those that the mask keeps.
-void cpu_l1_sums(const L1Sums& sums, float* out, const std::string& capability, int threads);
+void cpu_l1_sums(const L1Sums& sums, double* out, const std::string& capability, int threads);
+
+// For each tensor a row of `bins` counts of magnitudes, in bins of 2^shift from its low on.
+void cpu_histogram(const std::vector<ValueTensor>& tensors, const int64_t* lows, int shift,
+                   int64_t bins, int64_t* out, const std::string& capability, int threads);
+
+// For each tensor a row of `ranges` counts of the values of its magnitude between its edges.
+void cpu_equal_counts(const std::vector<ValueTensor>& tensors, const int64_t* magnitudes,
+                      const int64_t* edges, int64_t ranges, int64_t* out,
+                      const std::string& capability, int threads);
 
 }  // namespace zokern

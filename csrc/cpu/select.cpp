@@ -351,7 +351,7 @@ void cpu_select(const Selection& selection, const Thresholds& out, const std::st
     });
 }
 
-void cpu_l1_sums(const L1Sums& sums, float* out, const std::string& capability, int threads) {
+void cpu_l1_sums(const L1Sums& sums, double* out, const std::string& capability, int threads) {
     const CpuKernels& kernels = kernels_named(capability);
     std::vector<ExactSum> totals(2 * sums.tensors.size());
     std::mutex adding;
@@ -362,7 +362,49 @@ void cpu_l1_sums(const L1Sums& sums, float* out, const std::string& capability, 
         add(totals[2 * i], all);
         add(totals[2 * i + 1], kept);
     });
-    for (size_t i = 0; i < totals.size(); ++i) out[i] = float(total(totals[i]));
+    for (size_t i = 0; i < totals.size(); ++i) out[i] = total(totals[i]);
+}
+
+void cpu_histogram(const std::vector<ValueTensor>& tensors, const int64_t* lows, int shift,
+                   int64_t bins, int64_t* out, const std::string& capability, int threads) {
+    const CpuKernels& kernels = kernels_named(capability);
+    std::fill(out, out + int64_t(tensors.size()) * bins, 0);
+    std::mutex adding;
+    const auto count = [&](size_t i, int64_t begin, int64_t end) {
+        const Bracket bracket = {uint32_t(lows[i]), uint32_t(bins << shift), shift};
+        std::vector<uint32_t> counts(size_t(bins) * kCopies);
+        Tally tally{};
+        kernels.histogram(tensors[i], begin, end, bracket, counts.data(), tally);
+        const std::lock_guard<std::mutex> lock(adding);
+        for (size_t c = 0; c < counts.size(); ++c)
+            out[int64_t(i) * bins + int64_t(c / kCopies)] += counts[c];
+    };
+    over_tensors(tensors, threads, [&](size_t i, int64_t begin, int64_t end) {
+        for (; begin < end; begin += kElementsAtOnce)
+            count(i, begin, std::min(end, begin + kElementsAtOnce));
+    });
+}
+
+void cpu_equal_counts(const std::vector<ValueTensor>& tensors, const int64_t* magnitudes,
+                      const int64_t* edges, int64_t ranges, int64_t* out,
+                      const std::string& capability, int threads) {
+    const CpuKernels& kernels = kernels_named(capability);
+    std::fill(out, out + int64_t(tensors.size()) * ranges, 0);
+    std::mutex adding;
+    over_tensors(tensors, threads, [&](size_t i, int64_t begin, int64_t end) {
+        const int64_t* own = edges + int64_t(i) * (ranges + 1);
+        int64_t* counts = out + int64_t(i) * ranges;
+        int64_t range = std::max<int64_t>(0, std::upper_bound(own, own + ranges, begin) - own - 1);
+        for (; range < ranges && own[range] < end; ++range) {
+            const int64_t first = std::max(begin, own[range]);
+            const int64_t last = std::min(end, own[range + 1]);
+            if (first >= last) continue;
+            const int64_t count =
+                kernels.count_equals(tensors[i], first, last, uint32_t(magnitudes[i]));
+            const std::lock_guard<std::mutex> lock(adding);
+            counts[range] += count;
+        }
+    });
 }
 
 }  // namespace zokern

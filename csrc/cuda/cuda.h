@@ -44,7 +44,7 @@ void cuda_select(const Selection& selection, const Thresholds& out, void* scratc
 
 // Two sums for each tensor, to device memory; scratch of l1_scratch bytes.
 size_t l1_scratch(const L1Sums& sums);
-void cuda_l1_sums(const L1Sums& sums, float* out, void* scratch, int device, uintptr_t stream);
+void cuda_l1_sums(const L1Sums& sums, double* out, void* scratch, int device, uintptr_t stream);
 
 // The compute capabilities compiled in, such as {80, 90, 100}; newer devices compile the newest
 // one's PTX.
@@ -62,6 +62,6 @@ void host_grid_merge_deltas(const DeltaMerge& merge);
 void host_grid_sample(Law law, int64_t numel, uint64_t seed, uint32_t draw, uint64_t tensor_id,
                       int64_t offset, void* out);
 void host_grid_select(const Selection& selection, const Thresholds& out, size_t shared_bytes);
-void host_grid_l1_sums(const L1Sums& sums, float* out);
+void host_grid_l1_sums(const L1Sums& sums, double* out);
 
 }  // namespace zokern

@@ -137,7 +137,7 @@ void host_grid_select(const Selection& selection, const Thresholds& out, size_t 
         run_grid(launch.blocks, [&](HostContext at) { answer_body(at, launch.batch); });
 }
 
-void host_grid_l1_sums(const L1Sums& l1, float* out) {
+void host_grid_l1_sums(const L1Sums& l1, double* out) {
     std::vector<ExactSums> partials(l1_scratch(l1) / sizeof(ExactSums)), sums(kThreads);
     const SumPlan plan = plan_l1_sums(l1, out, partials.data());
     run_blocks(plan.sums, sums, [](const auto&... arguments) { l1_body(arguments...); });

@@ -92,8 +92,8 @@ ZK_FN void total_body(Block block, const TotalBatch& batch, ExactSums* sums) {
     add_up(block, sums);
     block.phase([&](uint32_t thread) {
         if (thread != 0) return;
-        batch.out[2 * block.block()] = float(total(sums[0].all));
-        batch.out[2 * block.block() + 1] = float(total(sums[0].kept));
+        batch.out[2 * block.block()] = total(sums[0].all);
+        batch.out[2 * block.block() + 1] = total(sums[0].kept);
     });
 }
 

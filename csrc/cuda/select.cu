@@ -114,7 +114,7 @@ void cuda_select(const Selection& selection, const Thresholds& out, void* scratc
     launcher.run(plan.answers, select_answer, kThreads);
 }
 
-void cuda_l1_sums(const L1Sums& sums, float* out, void* scratch, int device, uintptr_t stream) {
+void cuda_l1_sums(const L1Sums& sums, double* out, void* scratch, int device, uintptr_t stream) {
     const DeviceGuard guard(device);
     const SumPlan plan = plan_l1_sums(sums, out, scratch);
     const Launcher launcher(stream);

@@ -261,7 +261,7 @@ size_t l1_scratch(const L1Sums& sums) {
     return blocks * sizeof(ExactSums);
 }
 
-SumPlan plan_l1_sums(const L1Sums& sums, float* out, void* scratch) {
+SumPlan plan_l1_sums(const L1Sums& sums, double* out, void* scratch) {
     const uint32_t steps = steps_for(sums.tensors, kBlocks);
     ExactSums* const partials = static_cast<ExactSums*>(scratch);
     SumPlan plan;

@@ -154,7 +154,7 @@ struct TotalBatch {
     };
     Part operands[kMaxOperands];
     const ExactSums* partials;  // of all blocks
-    float* out;                 // of the first tensor
+    double* out;                // of the first tensor
 };
 static_assert(sizeof(TotalBatch) <= kParameterBytes, "kernel parameters");
 
@@ -169,6 +169,6 @@ struct SumPlan {
 };
 
 size_t l1_scratch(const L1Sums& sums);
-SumPlan plan_l1_sums(const L1Sums& sums, float* out, void* scratch);
+SumPlan plan_l1_sums(const L1Sums& sums, double* out, void* scratch);
 
 }  // namespace zokern

@@ -10,8 +10,8 @@ A backend is a package with the functions
   scales and seed in :class:`zokern.ops.SweepNumbers` that runs a sweep into outs again, by one row
   of numbers for all tensors, into outs that lie to each other as the sweep's do;
 - ``select(selection)``: float32 thresholds, int64 cuts and the float32 largest magnitudes (NaN
-  where a value is), and ``l1_sums(sums)``: those of :mod:`zokern.ops.magnitudes`, on the tensors'
-  device;
+  where a value is), ``l1_sums(sums)`` in float64, ``histogram(histogram)`` and
+  ``equal_counts(counts)`` in int64: those of :mod:`zokern.ops.magnitudes`, on the tensors' device;
 - ``merge_step_(step)``: that of :mod:`zokern.ops.steps`;
 - ``merge_deltas(merge)``: that of :mod:`zokern.ops.deltas`.
 

@@ -6,8 +6,14 @@ Nothing is written before every operand has passed.
 """
 
 from zokern.ops.deltas import merge_deltas
-from zokern.ops.magnitudes import adam_threshold, difference_threshold, l1_sums, magnitude_threshold
+from zokern.ops.magnitudes import adam_threshold, difference_threshold, l1_sums
 from zokern.ops.noise import noise_sample
+from zokern.ops.parts import (
+    adam_threshold_of_parts,
+    l1_sums_of_parts,
+    magnitude_threshold,
+    threshold_of_parts,
+)
 from zokern.ops.products import inner_products
 from zokern.ops.steps import check_merge_step, merge_step_
 from zokern.ops.storage import stored_value
@@ -20,11 +26,13 @@ __all__ = [
     "Sweeper",
     "Update",
     "adam_threshold",
+    "adam_threshold_of_parts",
     "check_merge_step",
     "difference_threshold",
     "forms_of",
     "inner_products",
     "l1_sums",
+    "l1_sums_of_parts",
     "magnitude_threshold",
     "merge_deltas",
     "merge_step_",
@@ -32,4 +40,5 @@ __all__ = [
     "perturb_",
     "read_numbers",
     "stored_value",
+    "threshold_of_parts",
 ]

@@ -5,7 +5,7 @@ The values are tensors, their differences from others, or the steps that Adam is
 the operators.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,60 +18,25 @@ from zokern.arguments import (
     integers,
     pick,
     signed,
-    tensor_list,
     unsigned,
 )
 from zokern.checks import check_adam_numbers, check_adam_step, check_difference, check_table
-from zokern.merging import AdamSteps, Differences, L1Sums, Mask, Selection, Values
+from zokern.merging import (
+    AdamSteps,
+    Differences,
+    EqualCounts,
+    Histogram,
+    L1Sums,
+    Mask,
+    Selection,
+    Values,
+    tensors_of,
+)
 from zokern.sweep import Shard
 
 Thresholds = tuple[Tensor, Tensor]
-
-
-def magnitude_threshold(
-    tensors: Iterable[Tensor],
-    k: int | Sequence[int],
-    *,
-    bases: Iterable[Tensor] | None = None,
-    joined: bool = False,
-    near: Tensor | None = None,
-) -> Thresholds:
-    """The thresholds that keep exactly the k elements of largest magnitude, without a sort.
-
-    With values v = x, or x - base in float32, the k-th largest ``|v|`` is the threshold t, and an
-    element of index i (in row-major order) is kept iff ::
-
-        |v[i]| > t    or    |v[i]| == t and i < cut
-
-    so that of equal magnitudes those of lower index are kept: min(k, numel) elements, the same on
-    every backend and device. The mask of a tensor ``x`` ::
-
-        (t,), (cut,) = magnitude_threshold([x], k)
-        index = torch.arange(x.numel(), device=x.device).view(x.shape)
-        mask = (x.float().abs() > t) | ((x.float().abs() == t) & (index < cut))
-
-    Args:
-        tensors: float32, bfloat16 or float16 tensors x, in any memory format.
-        k: how many to keep, 0 ≤ k, of all tensors alike or of each.
-        bases: a tensor (float32, bfloat16 or float16) of each x's shape.
-        joined: keep k elements in all, as if the tensors were one, in their order. They must be on
-            one device.
-        near: float32 thresholds that the new ones may be close to, for example those of the step
-            before: one for each tensor (if joined, the first counts), NaN where there is none. It
-            can save a pass over the tensors and never changes the result.
-
-    Returns:
-        ``thresholds`` (float32) and ``cuts`` (int64) of shape (len(tensors),), on the device of the
-        tensors (of the first one). Where k is 0 the threshold is NaN and the cut 0; where k is at
-        least the number of elements they are 0 and that number.
-
-    Raises:
-        TypeError, ValueError: for an argument out of range or a tensor whose values have NaN,
-            naming it.
-    """
-    tensors = tensor_list("tensors", tensors)
-    bases = None if bases is None else tensor_list("bases", bases)
-    return difference_threshold(Differences(tensors, bases), k, joined=joined, near=near)
+# Of a histogram.
+MAX_BINS, MAGNITUDES = 1 << 16, 1 << 31
 
 
 def difference_threshold(
@@ -81,12 +46,13 @@ def difference_threshold(
     joined: bool = False,
     near: Tensor | None = None,
 ) -> Thresholds:
-    """:func:`magnitude_threshold` of values that may be rounded to the dtype of the tensors."""
+    """:func:`zokern.ops.magnitude_threshold` of values that may be rounded to the dtype of the
+    tensors, which are no DTensors."""
     tensors, bases, rounded = values.tensors, values.bases, values.rounded
     count = len(tensors)
     if bases is not None:
         check_flat(count, bases=(bases, 1))
-    counts = _counts(k, count, joined)
+    counts = counts_of(k, count, joined)
     near = _near(near, count, joined)
     groups = list(by_device(tensors).values())
     if joined and len(groups) > 1:
@@ -106,14 +72,15 @@ def difference_threshold(
             for result, own in zip(results, found, strict=True):
                 result[members] = own.to(home)
     thresholds, cuts, largest = results
-    _check_no_nan(tensors, largest)
+    check_no_nan(tensors, largest.isnan())
     return thresholds, cuts
 
 
 def adam_threshold(steps: AdamSteps, k: int | Sequence[int], near: Tensor | None = None) -> tuple:
-    """:func:`magnitude_threshold` of Adam's steps Δ, all on one device; NaN counts as largest."""
+    """:func:`zokern.ops.magnitude_threshold` of Adam's steps Δ, all on one device; NaN counts as
+    largest."""
     count = len(steps.grads)
-    counts, near = _counts(k, count, False), _near(near, count, False)
+    counts, near = counts_of(k, count, False), _near(near, count, False)
     with torch.no_grad():
         return torch.ops.zokern.adam_threshold(*_flat_values(steps), counts, False, near)[:2]
 
@@ -126,6 +93,11 @@ def l1_sums(values: Values, mask: Mask) -> Tensor:
     Returns:
         A float32 tensor of shape (number of tensors, 2) on the device of the values, which is one.
     """
+    return exact_l1_sums(values, mask).float()
+
+
+def exact_l1_sums(values: Values, mask: Mask) -> Tensor:
+    """:func:`l1_sums` in float64, where the last bits may be a backend's own."""
     name = "adam_l1_sums" if isinstance(values, AdamSteps) else "magnitude_l1_sums"
     with torch.no_grad():
         return getattr(torch.ops.zokern, name)(
@@ -140,7 +112,29 @@ def l1_sums(values: Values, mask: Mask) -> Tensor:
         )
 
 
-def _counts(k: int | Sequence[int], count: int, joined: bool) -> list[int]:
+def histogram(values: Values, lows: Tensor, shift: int, bins: int) -> Tensor:
+    """How many magnitudes lie in each bin, see :class:`zokern.merging.Histogram`.
+
+    Returns:
+        An int64 tensor of shape (number of tensors, bins) on the device of the values.
+    """
+    name = "adam_histogram" if isinstance(values, AdamSteps) else "magnitude_histogram"
+    with torch.no_grad():
+        return getattr(torch.ops.zokern, name)(*_flat_values(values), lows, shift, bins)
+
+
+def equal_counts(values: Values, magnitudes: Tensor, edges: Tensor) -> Tensor:
+    """How many values have a magnitude, see :class:`zokern.merging.EqualCounts`.
+
+    Returns:
+        An int64 tensor of shape (number of tensors, ranges) on the device of the values.
+    """
+    name = "adam_equal_counts" if isinstance(values, AdamSteps) else "magnitude_equal_counts"
+    with torch.no_grad():
+        return getattr(torch.ops.zokern, name)(*_flat_values(values), magnitudes, edges)
+
+
+def counts_of(k: int | Sequence[int], count: int, joined: bool) -> list[int]:
     wanted = 1 if joined else count
     if not isinstance(k, Sequence):
         return [integer("k", k, bits=63)] * wanted
@@ -161,8 +155,8 @@ def _near(near: Tensor | None, count: int, joined: bool) -> Tensor | None:
     return near[:1] if joined else near
 
 
-def _check_no_nan(tensors: list[Tensor], largest: Tensor) -> None:
-    nan = largest.isnan()
+def check_no_nan(tensors: Sequence[Tensor], nan: Tensor) -> None:
+    """Raises ValueError, naming it, for a tensor that is said to have some."""
     if nan.any():
         i = int(nan.nonzero()[0])
         shape, dtype = tuple(tensors[i].shape), tensors[i].dtype
@@ -238,16 +232,31 @@ def _sums(
     return L1Sums(values, Mask(thresholds, cuts, draws, limits, own, ids, unsigned(seed)))
 
 
-def _tensors(values: Values) -> list[Tensor]:
-    return values.tensors if isinstance(values, Differences) else values.grads
+def _histogram(values: Values, lows: Tensor, shift: int, bins: int) -> Histogram:
+    check_table("lows", lows, torch.int64, (_length(values),))
+    if not (1 <= bins <= MAX_BINS and shift >= 0 and bins << shift <= MAGNITUDES):
+        raise ValueError(
+            f"bins must be from 1 to {MAX_BINS}, and of all magnitudes at most, not {bins} of "
+            f"2^{shift}"
+        )
+    return Histogram(values, lows, shift, bins)
+
+
+def _equal_counts(values: Values, magnitudes: Tensor, edges: Tensor) -> EqualCounts:
+    count = _length(values)
+    check_table("magnitudes", magnitudes, torch.int64, (count,))
+    if edges.dim() != 2 or edges.shape[1] < 2:
+        raise ValueError(f"edges must be a row of 2 or more for each tensor, not {edges.shape}")
+    check_table("edges", edges, torch.int64, (count, edges.shape[1]))
+    return EqualCounts(values, magnitudes, edges)
 
 
 def _length(values: Values) -> int:
-    return len(_tensors(values))
+    return len(tensors_of(values))
 
 
 def _device(values: Values) -> torch.device:
-    tensors = _tensors(values)
+    tensors = tensors_of(values)
     return tensors[0].device if tensors else torch.device("cpu")
 
 
@@ -267,13 +276,39 @@ def _run_select(selection: Selection) -> tuple[Tensor, ...]:
 
 
 def _empty_sums(sums: L1Sums) -> Tensor:
-    return torch.empty(_length(sums.values), 2, device=_device(sums.values))
+    shape = _length(sums.values), 2
+    return torch.empty(shape, dtype=torch.float64, device=_device(sums.values))
 
 
 def _run_l1_sums(sums: L1Sums) -> Tensor:
     if _length(sums.values) == 0:
         return _empty_sums(sums)
     return backends.select(_device(sums.values)).l1_sums(sums)
+
+
+def _empty_counts(values: Values, columns: int) -> Tensor:
+    shape = _length(values), columns
+    return torch.empty(shape, dtype=torch.int64, device=_device(values))
+
+
+def _empty_histogram(histogram: Histogram) -> Tensor:
+    return _empty_counts(histogram.values, histogram.bins)
+
+
+def _run_histogram(histogram: Histogram) -> Tensor:
+    if _length(histogram.values) == 0:
+        return _empty_histogram(histogram)
+    return backends.select(_device(histogram.values)).histogram(histogram)
+
+
+def _empty_equal_counts(counts: EqualCounts) -> Tensor:
+    return _empty_counts(counts.values, counts.edges.shape[1] - 1)
+
+
+def _run_equal_counts(counts: EqualCounts) -> Tensor:
+    if _length(counts.values) == 0:
+        return _empty_equal_counts(counts)
+    return backends.select(_device(counts.values)).equal_counts(counts)
 
 
 def _register(name: str, schema: str, read: Callable, run: Callable, fake: Callable) -> None:
@@ -299,6 +334,20 @@ def _register_kind(kind: str, operands: str, read: Callable[..., Values]) -> Non
         lambda *args: _sums(read(*args[:n]), *args[n:]),
         _run_l1_sums,
         _empty_sums,
+    )
+    _register(
+        f"zokern::{kind}_histogram",
+        f"({operands}, Tensor lows, int shift, int bins) -> Tensor",
+        lambda *args: _histogram(read(*args[:n]), *args[n:]),
+        _run_histogram,
+        _empty_histogram,
+    )
+    _register(
+        f"zokern::{kind}_equal_counts",
+        f"({operands}, Tensor magnitudes, Tensor edges) -> Tensor",
+        lambda *args: _equal_counts(read(*args[:n]), *args[n:]),
+        _run_equal_counts,
+        _empty_equal_counts,
     )
 
 

@@ -1,32 +1,38 @@
 """What the merging optimizers share: the step, in which each masks Adam's update in its way."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from zokern import ops
-from zokern.merging import AdamNumbers, AdamSteps, Mask, MergeStep, SparseTau
+from zokern.merging import AdamNumbers, AdamSteps, Mask, MergeStep, SparseTau, dense_tau
 from zokern.optim.compiled import untraced
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.merging_groups import Group, check_group, check_paper, numbers_of
 from zokern.optim.merging_state import MergingState
 from zokern.optim.merging_tables import Member, OnDevice, OnHost, Tables
-from zokern.optim.parameters import named, tensor_ids
+from zokern.optim.parameters import check_unflattened, named, tensor_ids
 from zokern.optim.reference import Source, Weights, check_weights
-from zokern.sweep import Shard
+from zokern.sharding import Part, describe, is_dtensor, local, placed, whole
 from zokern.warn import warn
 
 
 class MergingAdamW(MergingState):
     """Adam whose step is masked and merged with τ, in one sweep over all parameters."""
 
+    # Whether a mask depends on all elements of a tensor.
+    SELECTS: ClassVar[bool] = False
+
     _on_host: OnHost
     _on_device: OnDevice
+    _parts: WeakIdKeyDictionary
 
     def _begin(self) -> None:
         super()._begin()
+        self._parts = WeakIdKeyDictionary()
         self._on_host, self._on_device = OnHost(), OnDevice()
 
     def _take_reference(self, reference: Source | None, base: Source | None) -> None:
@@ -66,10 +72,13 @@ class MergingAdamW(MergingState):
         taus = []
         with torch.no_grad():
             for name, param, group, tensor_id in members:
-                weights = [source[name].to(param.device) for source in sources]
+                weights = [whole(source[name]).to(param.device) for source in sources]
                 if any(bool(tensor.isnan().any()) for tensor in weights):
                     raise ValueError(f"the reference or the base has NaN in {name!r}")
-                taus.append(self._new_tau(weights, group, tensor_id, name))
+                tau = self._new_tau(weights, group, tensor_id, name)
+                taus.append(
+                    placed(dense_tau(tau, param.shape), param) if is_dtensor(param) else tau
+                )
         with uninterrupted():
             for (_, param, _, _), tau in zip(members, taus, strict=True):
                 self._set_tau(param, tau)
@@ -134,7 +143,21 @@ class MergingAdamW(MergingState):
                     self._versions.note(member.param for member in members)
         return loss
 
+    def _check_owned(self) -> None:
+        """Raises RuntimeError or TypeError for parameters that somebody has replaced."""
+        owner = type(self).__name__
+        if not all(param in self.state for group in self.param_groups for param in group["params"]):
+            raise RuntimeError(
+                f"the groups hold parameters that this {owner} was not given: give it those of the "
+                "model after that has been sharded. DeepSpeed ZeRO puts flattened ones there, "
+                "without the names by which masks and references go; take FSDP2 "
+                "(torch.distributed.fsdp.fully_shard)"
+            )
+        for name, param in named(self.param_groups):
+            check_unflattened(name, param, owner)
+
     def _members(self) -> list[Member]:
+        self._check_owned()
         for group in self.param_groups:
             check_group(group)
             if self.run["semantics"] == "paper":
@@ -157,14 +180,21 @@ class MergingAdamW(MergingState):
             Member(
                 name=name,
                 param=param,
-                grad=grad,
+                own=local(param),
+                grad=_grad_of_part(name, param, grad),
                 state=self._own_state(param, group),
                 group=group,
                 tensor_id=tensor_id,
-                tau=self._tau(param),
+                tau=_own_tau(self._tau(param)),
+                part=self._part(param),
             )
             for name, param, group, tensor_id, grad in moving
         ]
+
+    def _part(self, param: Tensor) -> Part:
+        if param not in self._parts:
+            self._parts[param] = describe(param)
+        return self._parts[param]
 
     def _check_grad(self, name: str, grad: Tensor) -> None:
         if grad.layout != torch.strided or grad.is_complex():
@@ -176,6 +206,7 @@ class MergingAdamW(MergingState):
     def _prepare(self, members: list[Member]) -> MergeStep:
         for member in members:
             self._refresh_if_touched(member.param)
+        self._check_capturable(members)
         tables = self._clock(members).tables(members, self._numbers)
         steps, mask = _steps(members, tables), _mask_of_all(members, tables, self.run["seed"])
         mask = self._mask(members, steps, mask)
@@ -184,8 +215,8 @@ class MergingAdamW(MergingState):
             steps.numbers[:, AdamNumbers._fields.index("ratio")] = ratios.to(steps.numbers.device)
         taus = [member.tau for member in members if member.tau is not None]
         return MergeStep(
-            params=[member.param for member in members],
-            residuals=[member.state.get("residual") for member in members],
+            params=[member.own for member in members],
+            residuals=[member.kept("residual") for member in members],
             masters=_of_all(members, "master"),
             steps=steps,
             taus=taus or None,
@@ -193,9 +224,20 @@ class MergingAdamW(MergingState):
             method=self.METHODS[self.run["semantics"]],
         )
 
+    def _check_capturable(self, members: list[Member]) -> None:
+        """Raises ValueError where a step would have to ask other ranks while it is captured."""
+        shared = next((member for member in members if member.part.groups), None)
+        if shared is None or not shared.group["capturable"]:
+            return
+        if self.SELECTS or shared.rescales:
+            raise ValueError(
+                f"{type(self).__name__} asks the other ranks about their parts of {shared.name}, "
+                "which cannot be captured: capturable must be False"
+            )
+
     def _column(self, members: list[Member], values: list, dtype: torch.dtype) -> Tensor:
         """A number for each member, where a kernel can read it."""
-        return self._clock(members).column(values, dtype, members[0].param.device)
+        return self._clock(members).column(values, dtype, members[0].own.device)
 
     def _clock(self, members: list[Member]) -> OnHost | OnDevice:
         return self._on_device if members[0].group["capturable"] else self._on_host
@@ -210,18 +252,40 @@ class MergingAdamW(MergingState):
             warn(message)
 
 
+def _grad_of_part(name: str, param: Tensor, grad: Tensor) -> Tensor:
+    """This rank's part of a gradient, which may have to be summed over the ranks first."""
+    if not is_dtensor(param):
+        return grad
+    if not is_dtensor(grad) or grad.device_mesh != param.device_mesh:
+        raise RuntimeError(
+            f"{name} is a DTensor, and its gradient is not one of the same device mesh: it cannot "
+            "be told which part of it this rank has"
+        )
+    if grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return local(grad)
+
+
+def parts_of(members: list[Member]) -> list[Part]:
+    return [member.part for member in members]
+
+
+def _own_tau(tau: Tensor | SparseTau | None) -> Tensor | SparseTau | None:
+    return local(tau) if isinstance(tau, Tensor) else tau
+
+
 def _of_all(members: list[Member], key: str) -> list[Tensor] | None:
     """What all members have in their state, or none of them."""
     if key not in members[0].state:
         return None
-    return [member.state[key] for member in members]
+    return [local(member.state[key]) for member in members]
 
 
 def _steps(members: list[Member], tables: Tables) -> AdamSteps:
     return AdamSteps(
         grads=[member.grad for member in members],
-        exp_avgs=[member.state["exp_avg"] for member in members],
-        exp_avg_sqs=[member.state["exp_avg_sq"] for member in members],
+        exp_avgs=[local(member.state["exp_avg"]) for member in members],
+        exp_avg_sqs=[local(member.state["exp_avg_sq"]) for member in members],
         cached=_of_all(members, "cached_delta"),
         numbers=tables.numbers,
         merges=tables.merges,
@@ -230,7 +294,7 @@ def _steps(members: list[Member], tables: Tables) -> AdamSteps:
 
 def _mask_of_all(members: list[Member], tables: Tables, seed: int) -> Mask:
     """A mask that keeps everything."""
-    shards = [Shard(0, member.param.numel(), member.param.numel()) for member in members]
+    shards = [member.part.shard for member in members]
     ids = [member.tensor_id for member in members]
     limits = torch.full_like(tables.draws, 1 << 32)
     return Mask(None, None, tables.draws, limits, shards, ids, seed)

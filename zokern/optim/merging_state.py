@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zokern.checks import RESIDUAL_DTYPES, check_disjoint
-from zokern.merging import SparseTau
+from zokern.merging import SparseTau, dense_tau
 from zokern.optim.merging_groups import Group, check_group, check_paper
 from zokern.optim.parameters import (
     check_names,
@@ -28,7 +28,10 @@ from zokern.optim.precision import (
 from zokern.optim.reference import check_sparse
 from zokern.optim.settings import run_seed
 from zokern.optim.versions import Versions
+from zokern.sharding import is_dtensor, like, local, of_first_rank, placed
 
+# In a parameter's state the tensors of its shape.
+PARAM_KEYS = ("exp_avg", "exp_avg_sq", *VALUE_KEYS, "cached_delta", "tau_ref")
 TAU_KEYS = ("tau_starts", "tau_places", "tau_values")
 
 
@@ -55,10 +58,21 @@ class MergingState(Optimizer):
         super().__init__(params, defaults)
         if param_name_map is not None:
             self._take_names(param_name_map)
+        if run["seed"] is None:
+            self._share_seed()
         moving = [param for _, param in named(self.param_groups) if param.requires_grad]
         values = [self.state[p][key] for p in moving for key in VALUE_KEYS if key in self.state[p]]
         how = f"precision={self.run['precision']!r}"
         log_memory(type(self).__name__, how, moving, values)
+
+    def _share_seed(self) -> None:
+        """All ranks that have parts of the parameters take the seed that the first has drawn."""
+        for _, param in named(self.param_groups):
+            if is_dtensor(param):
+                seed = of_first_rank(self.run["seed"], param)
+                for settings in (self._run_defaults, *self.param_groups):
+                    settings["seed"] = seed
+                return
 
     def _begin(self) -> None:
         """What is no part of the state."""
@@ -113,7 +127,7 @@ class MergingState(Optimizer):
             check_params(group, shared["precision"], type(self).__name__)
             check_tensor_ids(self.param_groups)
             check_disjoint(
-                ("parameter", i, param, True)
+                ("parameter", i, local(param), True)
                 for i, (_, param) in enumerate(named(self.param_groups))
                 if not param.is_meta
             )
@@ -147,7 +161,7 @@ class MergingState(Optimizer):
         state = self.state[param]
         if not param.requires_grad:
             return state
-        value, is_new = param.detach(), "exp_avg" not in state
+        value, is_new = local(param).detach(), "exp_avg" not in state
         # Between int and tensor, as a GPU that counts by itself needs it.
         step = state.get("step", 0)
         if group["capturable"] and not isinstance(step, Tensor):
@@ -156,9 +170,9 @@ class MergingState(Optimizer):
             state["step"] = int(step)
         for key in ("exp_avg", "exp_avg_sq"):
             if key not in state:
-                state[key] = torch.zeros_like(value, dtype=group["state_dtype"])
+                state[key] = like(param, torch.zeros_like(value, dtype=group["state_dtype"]))
         if group.get("online_step", 1) > 1 and "cached_delta" not in state:
-            state["cached_delta"] = torch.zeros_like(value, dtype=torch.float32)
+            state["cached_delta"] = like(param, torch.zeros_like(value, dtype=torch.float32))
         if not any(key in state for key in VALUE_KEYS):
             state.update(new_value_state(param, resolve(group["precision"], param.dtype)))
         if is_new:
@@ -193,10 +207,10 @@ class MergingState(Optimizer):
     def _refresh(self, param: Tensor) -> None:
         state = self.state[param]
         if "master" in state:
-            state["master"].copy_(param.detach())
+            local(state["master"]).copy_(local(param).detach())
         for key in ("residual", "cached_delta"):
             if key in state:
-                state[key].zero_()
+                local(state[key]).zero_()
         self._versions.note([param])
 
     def _refresh_if_touched(self, param: Tensor) -> None:
@@ -206,7 +220,9 @@ class MergingState(Optimizer):
         else:
             # A state that was loaded: its master goes with the parameter, or with another one.
             master = self.state[param].get("master")
-            touched = master is not None and not same_bits(param, master.to(param.dtype))
+            touched = master is not None and not same_bits(
+                local(param), local(master).to(param.dtype)
+            )
         if touched:
             self._refresh(param)
 
@@ -235,7 +251,19 @@ class MergingState(Optimizer):
         self._check_saved(state_dict)
         super().load_state_dict(state_dict)
         restore_tensors(self, state_dict)
+        for _, param in named(self.param_groups):
+            self._place(param)
         self._begin()
+
+    def _place(self, param: Tensor) -> None:
+        """Bring a state that was saved whole, or in other parts, into a parameter's parts."""
+        state = self.state[param]
+        if is_dtensor(param) and "tau_values" in state:
+            tau = SparseTau(*(state[key] for key in TAU_KEYS))
+            self._set_tau(param, dense_tau(tau, param.shape))
+        for key in PARAM_KEYS:
+            if key in state:
+                state[key] = placed(state[key], param)
 
     def _check_saved(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError, naming it, for a tensor that does not fit its parameter."""
@@ -246,7 +274,7 @@ class MergingState(Optimizer):
             missing = [key for key in wanted if key not in state]
             if missing:
                 raise ValueError(f"the state of {name} has no {', '.join(missing)}")
-            for key in (*wanted, *VALUE_KEYS, "cached_delta", "tau_ref"):
+            for key in PARAM_KEYS:
                 if key in state and state[key].shape != param.shape:
                     raise ValueError(
                         f"the state's {key} of {name} has the shape {tuple(state[key].shape)}, the "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zokern.merging import AdamNumbers, SparseTau
 from zokern.optim.merging_groups import Group
+from zokern.sharding import Part, local
 
 STEP, DECAY = map(AdamNumbers._fields.index, ("step", "decay"))
 
@@ -19,15 +20,26 @@ NumbersOf = Callable[[Group, int], AdamNumbers]
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter that takes a step, and what is kept beside it."""
+    """A parameter that takes a step, and what is kept beside it.
+
+    ``own``, ``grad`` and ``tau`` are what this rank has of a DTensor, and the tensors themselves of
+    others.
+    """
 
     name: str
     param: Tensor
+    own: Tensor
     grad: Tensor
     state: dict[str, Any]
     group: Group
     tensor_id: int
     tau: Tensor | SparseTau | None
+    part: Part
+
+    def kept(self, key: str) -> Tensor | None:
+        """What this rank has of a tensor of its state."""
+        tensor = self.state.get(key)
+        return None if tensor is None else local(tensor)
 
     @property
     def rescales(self) -> bool:
@@ -38,7 +50,7 @@ class Member:
         """What the members of one sweep have in common."""
         kept = ("master", "cached_delta")
         flags = (self.rescales, self.group["capturable"], self.tau is None)
-        return self.param.device, *flags, *(key in self.state for key in kept)
+        return self.own.device, *flags, *(key in self.state for key in kept)
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ class OnDevice:
         self._uploaded: dict[tuple, Tensor] = {}
 
     def tables(self, members: list[Member], numbers_of: NumbersOf) -> Tables:
-        device = members[0].param.device
+        device = members[0].own.device
         t = torch.stack([member.state["step"] for member in members]).double() + 1
         lr = self._learning_rates(members, device)
         groups = [member.group for member in members]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zokern import noise, ops
 from zokern.merging import AdamNumbers, AdamSteps, Mask, SparseTau
-from zokern.optim.merging import Member, MergingAdamW
+from zokern.optim.merging import Member, MergingAdamW, parts_of
 from zokern.optim.merging_groups import NEGLIGIBLE, Group, limit_of
 from zokern.optim.reference import Source, smaller, stored_dtype
 
@@ -41,7 +41,7 @@ class OnDAREAdamW(MergingAdamW):
     Args:
         params: as ``torch.optim`` takes them; ``model.named_parameters()`` is best: names find the
             reference's weights and make the masks independent of groups. float32, bfloat16 or
-            float16.
+            float16; DTensors of which each rank has a part are taken as the full tensors.
         lr, betas, eps, weight_decay: of AdamW. lr may be a scalar tensor.
         correct_bias: correct the moments' bias; by default as the semantics say.
         no_deprecation_warning: is taken for compatibility, and means nothing.
@@ -144,7 +144,7 @@ class OnDAREAdamW(MergingAdamW):
         return replace(mask, limits=self._column(members, limits, torch.int64))
 
     def _ratios(self, members: list[Member], steps: AdamSteps, mask: Mask) -> Tensor:
-        every, kept = ops.l1_sums(steps, mask).unbind(1)
+        every, kept = ops.l1_sums_of_parts(steps, mask, parts_of(members)).unbind(1)
         scales = [1 / float(member.group["reserve_p"]) for member in members]
         epsilons = [float(member.group["eps"]) for member in members]
         scale = self._column(members, scales, torch.float32).to(every.device)

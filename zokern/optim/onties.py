@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from zokern import ops
-from zokern.merging import AdamSteps, Mask, SparseTau
-from zokern.optim.merging import Member, MergingAdamW
+from zokern.merging import AdamSteps, Mask, SparseTau, some_of
+from zokern.optim.merging import Member, MergingAdamW, parts_of
 from zokern.optim.merging_groups import NEGLIGIBLE, Group
 from zokern.optim.reference import Source, smaller, stored_dtype
 
@@ -53,6 +53,7 @@ class OnTIESAdamW(MergingAdamW):
     """
 
     METHODS: ClassVar[dict[str, str]] = {"qwen": "ties", "paper": "ties_paper"}
+    SELECTS = True
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class OnTIESAdamW(MergingAdamW):
     def _mask(self, members: list[Member], steps: AdamSteps, mask: Mask) -> Mask:
         numels = [member.param.numel() for member in members]
         counts = [self._kept(m.group, m.name, n) for m, n in zip(members, numels, strict=True)]
-        device = members[0].param.device
+        device = members[0].own.device
         masked = [i for i, (k, n) in enumerate(zip(counts, numels, strict=True)) if k < n]
         if not members[0].group["capturable"]:
             masked = [i for i in masked if steps.merges[i]]
@@ -138,16 +139,17 @@ class OnTIESAdamW(MergingAdamW):
         thresholds = torch.zeros(len(members), device=device)
         cuts = self._column(members, numels, torch.int64).to(device, copy=True)
         if masked:
-            chosen = _some_of(steps, masked)
+            chosen = some_of(steps, masked)
             key = tuple(id(members[i].param) for i in masked)
-            found = ops.adam_threshold(chosen, [counts[i] for i in masked], self._near.get(key))
+            kept, parts = [counts[i] for i in masked], [members[i].part for i in masked]
+            found = ops.adam_threshold_of_parts(chosen, kept, parts, self._near.get(key))
             at = self._column([members[i] for i in masked], masked, torch.int64).to(device)
             thresholds[at], cuts[at] = found
             self._near = {key: found[0]}
         return replace(mask, thresholds=thresholds, cuts=cuts)
 
     def _ratios(self, members: list[Member], steps: AdamSteps, mask: Mask) -> Tensor:
-        every, kept = ops.l1_sums(steps, mask).unbind(1)
+        every, kept = ops.l1_sums_of_parts(steps, mask, parts_of(members)).unbind(1)
         return torch.where((every >= NEGLIGIBLE) & (kept > 0), every / kept, 1.0)
 
     def _new_tau(
@@ -169,16 +171,3 @@ class OnTIESAdamW(MergingAdamW):
             if every >= NEGLIGIBLE:
                 masked = (masked.float() * (every / kept)).to(dtype)
         return smaller(masked)
-
-
-def _some_of(steps: AdamSteps, members: list[int]) -> AdamSteps:
-    if len(members) == len(steps.grads):
-        return steps
-    return AdamSteps(
-        [steps.grads[i] for i in members],
-        [steps.exp_avgs[i] for i in members],
-        [steps.exp_avg_sqs[i] for i in members],
-        None if steps.cached is None else [steps.cached[i] for i in members],
-        steps.numbers[members],
-        steps.merges[members],
-    )

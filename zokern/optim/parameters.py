@@ -11,8 +11,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from zokern import checks
 from zokern.laws import canonical_name, tensor_id
 from zokern.optim.precision import resolve
+from zokern.sharding import is_dtensor, local, shard_of
 
 Groups = list[dict[str, Any]]
+
+# What a parameter has that somebody has flattened, and who.
+FLATTENED = (
+    ("_fsdp_flattened", "FullyShardedDataParallel (FSDP1)"),
+    ("ds_id", "DeepSpeed ZeRO"),
+)
 
 
 def named(groups: Groups) -> list[tuple[str, Tensor]]:
@@ -51,17 +58,39 @@ def check_params(group: dict[str, Any], precision: str, owner: str) -> None:
             raise TypeError(
                 f"{owner} moves float32, bfloat16 and float16 parameters; {name} is {param.dtype}"
             )
-        if is_traceable_wrapper_subclass(param):
-            raise TypeError(
-                f"{owner} takes plain tensors; {name} is a {type(param).__name__}, whose parts "
-                "belong to several devices"
-            )
-        if param.layout != torch.strided or not checks.is_dense(param):
+        _check_kind(name, param, owner)
+        own = local(param)
+        if own.layout != torch.strided or not checks.is_dense(own):
             raise ValueError(
                 f"{owner} moves parameters in place; {name} is not dense in memory (layout "
-                f"{param.layout}, shape {tuple(param.shape)})"
+                f"{own.layout}, shape {tuple(own.shape)})"
             )
         resolve(precision, param.dtype)
+
+
+def _check_kind(name: str, param: Tensor, owner: str) -> None:
+    """Raises TypeError or ValueError for one of which it cannot be told where its elements lie."""
+    check_unflattened(name, param, owner)
+    if is_dtensor(param):
+        try:
+            shard_of(param)
+        except ValueError as error:
+            raise ValueError(f"{owner} cannot move {name}: {error}") from None
+    elif is_traceable_wrapper_subclass(param):
+        raise TypeError(
+            f"{owner} takes plain tensors and DTensors; {name} is a {type(param).__name__}"
+        )
+
+
+def check_unflattened(name: str, param: Tensor, owner: str) -> None:
+    """Raises TypeError for one that somebody has flattened, to share it out among ranks."""
+    for mark, wrapper in FLATTENED:
+        if hasattr(param, mark):
+            raise TypeError(
+                f"{owner} cannot tell which elements of {name} this rank has: {wrapper} has "
+                "flattened it; shard the model with torch.distributed.fsdp.fully_shard (FSDP2), "
+                "whose parameters are DTensors"
+            )
 
 
 def check_tensor_ids(groups: Groups) -> None:

@@ -5,12 +5,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from zokern.sharding import local
+
 
 class Versions:
     """The versions of parameters when the optimizer last knew what they held."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[int, int]] = {}
+        self._known: dict[int, tuple[int, ...]] = {}
 
     def note(self, params: Iterable[Tensor]) -> None:
         """They hold what the optimizer has written, or has just been given."""
@@ -32,12 +34,17 @@ class Versions:
         return not self.all_known([param])
 
 
-def _versions(params: Iterable[Tensor]) -> dict[int, tuple[int, int]]:
+def _versions(params: Iterable[Tensor]) -> dict[int, tuple[int, int, int]]:
     """How often each was written to, and where it lies: ``.data`` may be another tensor's."""
     # A parameter that is watched keeps its address to itself.
     with torch._C.DisableTorchFunctionSubclass():
-        # Inference tensors count no versions.
+        # What is done to a DTensor counts there, what is done to its part there.
+        parts = ((param, local(param)) for param in params)
         return {
-            id(param): (-1 if param.is_inference() else param._version, param.data_ptr())
-            for param in params
+            id(param): (_version(param), _version(part), part.data_ptr()) for param, part in parts
         }
+
+
+def _version(tensor: Tensor) -> int:
+    # Inference tensors count no versions.
+    return -1 if tensor.is_inference() else tensor._version

@@ -12,6 +12,7 @@ try:
 except ImportError as error:
     _missing = str(error)
 else:
+    from zokern.backends.native.counts import equal_counts, histogram
     from zokern.backends.native.deltas import merge_deltas
     from zokern.backends.native.l1 import l1_sums
     from zokern.backends.native.merging import merge_step_
@@ -21,6 +22,8 @@ else:
     from zokern.backends.native.selection import select
 
 __all__ = [
+    "equal_counts",
+    "histogram",
     "inner_products",
     "l1_sums",
     "merge_deltas",

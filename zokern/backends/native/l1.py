@@ -14,7 +14,7 @@ def l1_sums(sums: L1Sums) -> Tensor:
     masks = pack_masks(sums.mask, packed.device)
     native = _C.L1Sums(values=packed.values, masks=masks.masks)
     device = packed.device
-    out = torch.empty(packed.count, 2, device=device, dtype=torch.float32)
+    out = torch.empty(packed.count, 2, device=device, dtype=torch.float64)
     if device.type == "cpu":
         _C.cpu_l1_sums(native, out.data_ptr(), cpu_capability(), torch.get_num_threads())
     else:

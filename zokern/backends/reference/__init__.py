@@ -2,6 +2,7 @@
 
 import torch
 
+from zokern.backends.reference.counts import equal_counts, histogram
 from zokern.backends.reference.deltas import merge_deltas
 from zokern.backends.reference.l1 import l1_sums
 from zokern.backends.reference.merging import merge_step_
@@ -11,6 +12,8 @@ from zokern.backends.reference.products import inner_products
 from zokern.backends.reference.selection import select
 
 __all__ = [
+    "equal_counts",
+    "histogram",
     "inner_products",
     "l1_sums",
     "merge_deltas",

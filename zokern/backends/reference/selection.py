@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from zokern.backends.reference.values import magnitudes, tensors_of, values_of
-from zokern.merging import Selection
+from zokern.backends.reference.values import magnitudes, values_of
+from zokern.merging import Selection, tensors_of
 
 # A NaN that no magnitude is above, and the cut below which there is no element.
 NOTHING = (0x7FFFFFFF, 0)

@@ -6,12 +6,7 @@ from torch import Tensor
 from zokern.backends.reference import adam
 from zokern.backends.reference.noise import values_at
 from zokern.backends.reference.perturb import elements_of
-from zokern.merging import AdamSteps, Differences, Mask, Values
-
-
-def tensors_of(values: Values) -> list[Tensor]:
-    """What the values are shaped like."""
-    return values.grads if isinstance(values, AdamSteps) else values.tensors
+from zokern.merging import Differences, Mask, Values
 
 
 def values_of(values: Values, i: int) -> Tensor:

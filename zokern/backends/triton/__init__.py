@@ -6,11 +6,14 @@ Triton is imported when it is first asked for: the package works without it.
 import torch
 from torch import Tensor
 
+from zokern.backends.reference.counts import equal_counts, histogram
 from zokern.deltas import DeltaMerge
 from zokern.merging import L1Sums, MergeStep, Selection
 from zokern.sweep import InnerProducts, Sweep
 
 __all__ = [
+    "equal_counts",
+    "histogram",
     "inner_products",
     "l1_sums",
     "merge_deltas",

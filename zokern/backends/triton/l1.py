@@ -104,7 +104,7 @@ def l1_kernel(
 
 @triton.jit
 def _total_of_blocks(partials, blocks):
-    """The total of the pairs of so many blocks, rounded to float32."""
+    """The total of the pairs of so many blocks."""
     zero = tl.zeros([AT_ONCE], tl.float64)
     sums = (zero, zero)
     for start in range(0, blocks, AT_ONCE):
@@ -114,7 +114,7 @@ def _total_of_blocks(partials, blocks):
         sums = add_pair(sums[0], sums[1], more_high, more_low)
     high, low = _total(sums, AT_ONCE)
     # An infinite sum has no rounding errors that mean anything.
-    return tl.where(low == low, high + low, high).to(tl.float32)
+    return tl.where(low == low, high + low, high)
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def total_kernel(table, partials, out):
 def l1_sums(sums: L1Sums) -> Tensor:
     packed, mask = Packed(sums.values), sums.mask
     count, device = len(packed.tensors), packed.device
-    out = torch.zeros(count, 2, dtype=torch.float32, device=device)
+    out = torch.zeros(count, 2, dtype=torch.float64, device=device)
     with on(device):
         draws, limits = mask.draws.to(device), mask.limits.to(device)
         at_random = mask.thresholds is None
