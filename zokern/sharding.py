@@ -5,13 +5,14 @@ A DTensor that is replicated counts as a whole tensor on each rank.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zokern.arguments import positions
 from zokern.sweep import Shard
 
 if TYPE_CHECKING:
@@ -26,6 +27,11 @@ def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
     # Importing it takes longer than all of zokern; whoever has a DTensor has imported it.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def any_dtensor(tensors: Iterable[Tensor]) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -60,6 +66,18 @@ def part_of(full: Tensor, tensor: Tensor) -> Tensor:
     return full
 
 
+def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """The values of a tensor, placed like another one of its shape.
+
+    All ranks call it where it is a DTensor that is placed otherwise.
+    """
+    if is_dtensor(tensor):
+        if is_dtensor(other) and tensor.device_mesh == other.device_mesh:
+            return tensor.redistribute(placements=other.placements)
+        tensor = tensor.full_tensor()
+    return like(other, part_of(tensor, other))
+
+
 def shard_of(tensor: Tensor) -> Shard:
     """Where the elements of this rank's part lie in the full tensor.
 
@@ -87,14 +105,20 @@ def shard_of(tensor: Tensor) -> Shard:
 
 
 def groups_of(tensor: Tensor) -> Groups:
-    """Those over which the parts of a tensor lie; none for a whole one."""
+    """Those of several ranks over which the parts of a tensor lie; none for a whole one."""
     if not is_dtensor(tensor):
         return ()
     return tuple(
         tensor.device_mesh.get_group(i)
         for i, placement in enumerate(tensor.placements)
-        if hasattr(placement, "dim")
+        if hasattr(placement, "dim") and tensor.device_mesh.size(i) > 1
     )
+
+
+def holders(groups: Iterable[Groups]) -> set[int]:
+    """The ranks, among all that there are, over which the parts of tensors lie."""
+    each = {group for of_tensor in groups for group in of_tensor}
+    return {rank for group in each for rank in dist.get_process_group_ranks(group)}
 
 
 def gathered(own: Tensor, groups: Groups) -> Tensor:
@@ -124,6 +148,26 @@ def exact_total(own: Tensor, groups: Groups) -> Tensor:
         return own
     every = gathered(own, groups).flatten(1).T.tolist()
     return torch.tensor([math.fsum(row) for row in every], dtype=own.dtype).view_as(own)
+
+
+def exact_totals(own: Tensor, groups: Sequence[Groups]) -> Tensor:
+    """:func:`exact_total` of each row over its groups; rows of the same ones in one exchange."""
+    result = own.clone()
+    for key, rows in positions(groups).items():
+        if key:
+            result[rows] = exact_total(own[rows], key)
+    return result
+
+
+def totals(own: Sequence[int], groups: Sequence[Groups]) -> list[int]:
+    """:func:`total` of each 64-bit integer over its groups, modulo 2^64."""
+    result = list(own)
+    for key, places in positions(groups).items():
+        if key:
+            sums = total(torch.tensor([own[i] for i in places]), key).tolist()
+            for i, value in zip(places, sums, strict=True):
+                result[i] = value
+    return result
 
 
 def device_of(group: dist.ProcessGroup | None) -> torch.device:

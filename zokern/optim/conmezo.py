@@ -12,6 +12,7 @@ from zokern.optim.base import CommonArguments
 from zokern.optim.displacement import Expansion, Member
 from zokern.optim.mezo import MeZO
 from zokern.optim.rules import Rule, float32, rule_of
+from zokern.sharding import exact_totals
 
 
 class ConMeZO(MeZO):
@@ -75,11 +76,14 @@ class ConMeZO(MeZO):
 
     def _expand(self, draw: int, members: list[Member]) -> Expansion:
         run = self.run
-        sums = ops.inner_products([m.dense[0] for m in members], 0, seed=run["seed"])
+        sums = exact_totals(
+            ops.inner_products([m.dense[0] for m in members], 0, seed=run["seed"]),
+            [m.groups for m in members],
+        )
         norm = math.sqrt(math.fsum(sums[:, 0].tolist()))
         if norm == 0.0:
             return [(1.0, 0.0)] * len(members)
-        numel = sum(member.param.numel() for member in members)
+        numel = sum(member.whole.numel() for member in members)
         along = math.sqrt(numel) * math.cos(run["angle"]) / norm
         return [(float32(math.sin(run["angle"])), float32(along))] * len(members)
 

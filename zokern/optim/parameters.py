@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from zokern import checks
 from zokern.laws import canonical_name, tensor_id
 from zokern.optim.precision import resolve
+from zokern.sharding import is_dtensor, local, placed_like, shard_of
 
 Groups = list[dict[str, Any]]
 
@@ -51,16 +52,21 @@ def check_params(group: dict[str, Any], precision: str, owner: str) -> None:
             raise TypeError(
                 f"{owner} moves float32, bfloat16 and float16 parameters; {name} is {param.dtype}"
             )
-        if is_traceable_wrapper_subclass(param):
+        part = local(param)
+        if is_traceable_wrapper_subclass(part):
             raise TypeError(
-                f"{owner} takes plain tensors; {name} is a {type(param).__name__}, whose parts "
-                "belong to several devices"
+                f"{owner} takes plain tensors and DTensors of them; {name} is "
+                f"{'a DTensor of ' if is_dtensor(param) else ''}a {type(part).__name__}"
             )
-        if param.layout != torch.strided or not checks.is_dense(param):
+        if part.layout != torch.strided or not checks.is_dense(part):
             raise ValueError(
                 f"{owner} moves parameters in place; {name} is not dense in memory (layout "
-                f"{param.layout}, shape {tuple(param.shape)})"
+                f"{part.layout}, shape {tuple(part.shape)})"
             )
+        try:
+            shard_of(param)
+        except ValueError as error:
+            raise ValueError(f"{owner} cannot move {name}: {error}") from None
         resolve(precision, param.dtype)
 
 
@@ -80,13 +86,15 @@ def check_tensor_ids(groups: Groups) -> None:
 def restore_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Give the tensors of a state that torch has loaded their own dtypes back.
 
-    ``Optimizer.load_state_dict`` casts them to the parameter's dtype.
+    ``Optimizer.load_state_dict`` casts them to the parameter's dtype. Those of DTensors are placed
+    like them.
     """
     saved = [number for group in state_dict["param_groups"] for number in group["params"]]
     for number, (_, param) in zip(saved, named(optimizer.param_groups), strict=True):
         for key, value in state_dict["state"].get(number, {}).items():
             if isinstance(value, Tensor):
-                optimizer.state[param][key] = value.to(param.device, copy=True)
+                own = placed_like(value, param) if value.shape == param.shape else value
+                optimizer.state[param][key] = own.to(param.device, copy=True)
 
 
 def check_names(own_groups: Groups, saved_groups: Groups) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from zokern.sharding import local
+
 
 class Versions:
     """The versions of parameters when the optimizer last knew what they held."""
@@ -34,6 +36,7 @@ class Versions:
 
 def _version(param: Tensor) -> tuple[int, int]:
     """How often it was written to, and where it lies: ``.data`` may be another tensor's."""
+    param = local(param)
     # A parameter that is watched keeps its address to itself.
     with torch._C.DisableTorchFunctionSubclass():
         # Inference tensors count no versions.
