@@ -1,11 +1,12 @@
 """What the forward pass sees of a perturbation: weights in half precision round it."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zokern import ops
+from zokern import noise, ops
 from zokern.optim.displacement import Member
 from zokern.sharding import Groups, exact_total
 from zokern.sweep import Shard
@@ -57,10 +58,8 @@ def _sums(member: Member, count: int, eps: float, *, seed: int, draw: int, law: 
             value = beside[piece]
         else:
             value = ops.stored_value(param[piece], None if beside is None else beside[piece])
-        z = torch.zeros_like(value, dtype=torch.float32)
-        ops.perturb_(
-            [z], [draw], [1.0], seed=seed, law=law, tensor_ids=[member.tensor_id], shards=[shard]
-        )
+        stream = {"seed": seed, "draw": draw, "tensor_id": member.tensor_id}
+        z = _noise(law, len(value), shard, **stream, device=value.device)
         wanted = eps * z.double()
         seen = (value.double() + wanted).float().to(param.dtype).double() - value.double()
         sums += torch.stack([seen @ wanted, seen @ seen, wanted @ wanted]).cpu()
@@ -71,15 +70,18 @@ def _pieces(shard: Shard, count: int) -> Iterator[tuple[slice, Shard]]:
     """Of the first ``count`` elements of a shard: whole rows of it, or a piece of a long one."""
     begin = 0
     while begin < count:
-        room = min(ELEMENTS, count - begin)
         row, column = divmod(begin, shard.row_length)
-        rest_of_row = shard.row_length - column
-        length = min(room, rest_of_row)
-        if column == 0 and room >= shard.row_length:
-            length = room - room % shard.row_length
+        length = min(ELEMENTS, count - begin, shard.row_length - column)
+        row_length = length
+        if length == shard.row_length:
+            length *= max(1, min(ELEMENTS // shard.row_stride, (count - begin) // length))
         offset = shard.offset + row * shard.row_stride + column
-        yield (
-            slice(begin, begin + length),
-            Shard(offset, min(length, rest_of_row), shard.row_stride),
-        )
+        yield slice(begin, begin + length), Shard(offset, row_length, shard.row_stride)
         begin += length
+
+
+def _noise(law: str, numel: int, shard: Shard, **stream: Any) -> Tensor:
+    """Of all between the first and the last row, those of the rows."""
+    rows, length, stride = numel // shard.row_length, shard.row_length, shard.row_stride
+    between = noise.sample(law, (rows - 1) * stride + length, offset=shard.offset, **stream)
+    return between.as_strided((rows, length), (stride, 1)).flatten()
