@@ -1,15 +1,18 @@
 """Zeroth-order optimizers on DTensors: bit for bit the run of one process with whole weights."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import zokern
 from tests import ranks, zo
@@ -64,9 +67,9 @@ def make(case: Case, **arguments: Any) -> tuple[nn.Module, zokern.ZOOptimizer]:
     return model, zo.METHODS[method].make(model, eps=0.01, **{**vectors, **own, **arguments})
 
 
-def loss_of(model: nn.Module) -> Callable[[], Tensor]:
+def loss_of(model: nn.Module, make_twin: Callable = zo.make_model) -> Callable[[], Tensor]:
     """Of the whole weights, in the arithmetic of one process."""
-    twin = zo.make_model(next(model.parameters()).dtype)
+    twin = make_twin(next(model.parameters()).dtype)
 
     def closure() -> Tensor:
         for own, param in zip(twin.parameters(), model.parameters(), strict=True):
@@ -243,3 +246,199 @@ def test_fsdp2_sees_the_weights_where_they_stand(tmp_path):
         for found in of_ranks:
             assert found[i][0] == losses
             assert zo.same(found[i][1], zo.weights(model)), (storage, own)
+
+
+def checkpointed(folder: Path, cases: list[dict], saves: bool) -> list[list[Tensor]]:
+    """Two steps and a checkpoint, or the checkpoint of another world and two steps more."""
+    found = []
+    for i, case in enumerate(cases):
+        mesh = None
+        if dist.is_initialized():
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        seed = {} if saves else {"seed": 4}
+        model, opt = net("split8", mesh, **case, **seed)
+        closure = loss_of(model, Net)
+        if saves:
+            for _ in range(2):
+                opt.step(closure)
+        weights, state = get_state_dict(model, opt)
+        path = folder / f"checkpoint-{i}"
+        if saves:
+            dcp.save({"model": weights, "optimizer": state}, checkpoint_id=path)
+        else:
+            for tensor in (*weights.values(), *opt.state[model.scale].values()):
+                tensor.zero_()
+            dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path)
+            set_state_dict(model, opt, model_state_dict=weights, optim_state_dict=state)
+        for _ in range(2):
+            opt.step(closure)
+        found.append([whole(param.detach()).clone() for param in model.parameters()])
+    return found
+
+
+def test_a_distributed_checkpoint_goes_on_in_a_world_of_another_size(tmp_path):
+    cases: list[dict] = [{"momentum": 0.9}, {"precision": "master"}]
+    first = ranks.run(checkpointed, 2, tmp_path, tmp_path, cases, True)
+    later = ranks.run(checkpointed, 3, tmp_path, tmp_path, cases, False)
+    alone = checkpointed(tmp_path, cases, False)
+    for i, case in enumerate(cases):
+        model, opt = net("split8", **case)
+        for _ in range(4):
+            opt.step(loss_of(model, Net))
+        for found in (*first, *later, alone):
+            assert zo.same(found[i], zo.weights(model)), case
+
+
+def error_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def refused() -> dict[str, str]:
+    mesh = init_device_mesh("cpu", (2,))
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    sharded, fsdp, plain = zo.make_model(), net("float32", mesh)[0], zo.make_model()
+    shard(sharded, mesh, ROWS)
+    columns = distribute_tensor(torch.zeros(4, 4), mesh, COLUMNS)
+    rows = distribute_tensor(torch.zeros(4, 4), mesh, ROWS)
+    run = zokern.Trajectory()
+    plain_run = zokern.MeZO(plain.named_parameters(), lr=0.1, seed=0, trajectory=run)
+    plain_run.step(zo.loss_of(plain))
+
+    def build(params: Any = None, **arguments: Any) -> None:
+        params = sharded.named_parameters() if params is None else params
+        zokern.MeZO(params, lr=0.1, **{"process_group": dist.group.WORLD, **arguments})
+
+    def partial() -> None:
+        tensor = DTensor.from_local(torch.zeros(4), mesh, [Partial()])
+        build([("w", nn.Parameter(tensor))])
+
+    def gathered() -> None:
+        with torch.no_grad():
+            fsdp(zo.X)
+        build(list(fsdp.named_parameters()), module=fsdp)
+
+    return {
+        "partial": error_of(partial),
+        "layerwise": error_of(lambda: build(module=sharded, layerwise=True)),
+        "no group": error_of(lambda: build(process_group=None)),
+        "another group": error_of(lambda: build(process_group=alone)),
+        "no module": error_of(lambda: build(fsdp.named_parameters())),
+        "part of it": error_of(lambda: build(fsdp.named_parameters(), module=fsdp.blocks)),
+        "gathered": error_of(gathered),
+        "trajectory": error_of(lambda: build(trajectory=zokern.Trajectory())),
+        "replay": error_of(lambda: zokern.replay(sharded, run)),
+        "residual": error_of(
+            lambda: zokern.ops.perturb_(
+                [rows.bfloat16()], [0], [1.0], seed=0, residuals=[columns.to(torch.int16)]
+            )
+        ),
+    }
+
+
+def test_what_cannot_be_trained_in_parts_is_refused(tmp_path):
+    for found in ranks.run(refused, 2, tmp_path):
+        for case, expected in {
+            "partial": "ValueError: MeZO cannot move w: a DTensor with placements (Partial(sum),) "
+            "holds partial sums",
+            "layerwise": "ValueError: layerwise=True evaluates plain tensors, and the module has "
+            "DTensors: take layerwise=False, with precision='split8' or",
+            "no group": "ValueError: parts of the parameters lie on ranks [0, 1], which must take "
+            "the same steps by the same losses: give process_group=",
+            "another group": "lie on ranks [0, 1], but those of the run on [",
+            "no module": "ValueError: blocks.0.weight is sharded by FSDP2, whose modules keep",
+            "part of it": "ValueError: scale is sharded by FSDP2, whose modules keep copies",
+            "gathered": "ValueError: scale is a copy that FSDP2 had gathered, not the weight",
+            "trajectory": "TrajectoryError: 0.weight is a DTensor, whose parts lie on several",
+            "replay": "TrajectoryError: 0.weight is a DTensor, whose parts lie on several ranks",
+            "residual": "ValueError: residuals[0] is a DTensor with placements (Shard(dim=1),)",
+        }.items():
+            assert expected in found[case], case
+
+
+def various() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    model, opt = make(("mezo", "momentum", COLUMNS))
+    found["fidelity"] = opt.probe_fidelity()
+    opt.step(loss_of(model))
+
+    # The state of whole weights is cut, that of parts is gathered.
+    other, whole_run = make(("mezo", "momentum", ()))
+    whole_run.load_state_dict(opt.state_dict())
+    for own, param in zip(other.parameters(), model.parameters(), strict=True):
+        own.data.copy_(whole(param.detach()))
+    found["gathered"] = train(other, whole_run, 1)
+    again, cut = make(("mezo", "momentum", ROWS))
+    again_state = whole_run.state_dict()
+    cut.load_state_dict(again_state)
+    for own, param in zip(again.parameters(), other.parameters(), strict=True):
+        own.data.copy_(distribute_tensor(param.detach(), own.device_mesh, own.placements))
+    found["cut"] = train(again, cut, 1)
+
+    module = shard(zo.make_model(torch.bfloat16), mesh_of(ROWS), ROWS)
+    auto = zokern.MeZO(
+        module.named_parameters(), lr=0.1, module=module, process_group=dist.group.WORLD
+    )
+    residual = auto.state[module[0].weight]["residual"]
+    found["auto"] = auto.run["layerwise"], residual.dtype, residual.placements == ROWS
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    both = shard(zo.make_model(), mesh["tp"], ROWS)
+    fully_shard(both, mesh=mesh["dp"])
+    strided = zo.METHODS["zopro"].make(
+        both, eps=0.01, module=both, process_group=dist.group.WORLD, **zo.vectors(zo.make_model())
+    )
+    found["fsdp of tp"] = train(both, strided)
+
+    copies, opt = make(("mezo", "float32", (Replicate(), Shard(0))))
+    opt.step(loss_of(copies))
+    opt.assert_in_sync()
+    if dist.get_rank() == 3:
+        copies[3].weight.to_local().data[0] += 1.0
+    found["drift"] = error_of(opt.assert_in_sync)
+    return found
+
+
+def test_states_places_and_drift_are_those_of_the_full_tensors(tmp_path):
+    model, opt = make(("mezo", "momentum", ()))
+    fidelity = opt.probe_fidelity()
+    after = [train(model, opt, steps) for steps in (2, 1)]
+    strided = train(*make(("zopro", "float32", ())))
+    for found in ranks.run(various, 4, tmp_path):
+        assert found["fidelity"] == pytest.approx(fidelity, rel=1e-9)
+        assert zo.same(found["gathered"], after[0])
+        assert zo.same(found["cut"], after[1])
+        assert found["auto"] == (False, torch.int16, True)
+        assert zo.same(found["fsdp of tp"], strided)
+        assert found["drift"] == (
+            "RuntimeError: rank 2, 3 has drifted from the others, in 3.weight"
+        )
+
+
+def aborted() -> dict[str, Any]:
+    model, opt = net("float32", init_device_mesh("cpu", (2,)))
+    start = [whole(param.detach()).clone() for param in model.parameters()]
+
+    def fail(*_: Any) -> None:
+        raise ValueError("no data")
+
+    hook = model.blocks[1].register_forward_hook(fail)
+    first = error_of(lambda: opt.step(lambda: loss_of_batch(model)))
+    hook.remove()
+    second = error_of(lambda: opt.step(lambda: loss_of_batch(model)))
+    if hasattr(model, "reset_iter_state"):
+        model.reset_iter_state()
+        opt.step(lambda: loss_of_batch(model))
+    end = [whole(param.detach()).clone() for param in model.parameters()]
+    drift = max(float((a - b).abs().max()) for a, b in zip(start, end, strict=True))
+    return {"first": first, "second": second, "drift": drift}
+
+
+def test_a_forward_pass_that_was_aborted_leaves_no_stale_copy_unnoticed(tmp_path):
+    for found in ranks.run(aborted, 2, tmp_path):
+        assert "ValueError: no data" in found["first"]
+        assert "call reset_iter_state()" in found["second"]
+        assert found["drift"] < 0.2
