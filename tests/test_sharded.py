@@ -16,8 +16,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import zokern
 from tests import ranks, zo
+from zokern import sharding
 
 STEPS = 3
+SHAPES = [(5, 4), (2, 3), (7,)]
 
 STORAGES: dict[str, dict[str, Any]] = {
     "float32": {"dtype": torch.float32},
@@ -130,7 +132,9 @@ CASES: dict[int, list[Case]] = {
 def test_shards_are_trained_as_one_process_trains_the_whole(size, tmp_path):
     of_ranks = ranks.run(trained, size, tmp_path, CASES[size])
     for i, (method, storage, placements) in enumerate(CASES[size]):
-        expected = train(*make((method, storage, ())))
+        model, opt = make((method, storage, ()))
+        start, expected = zo.weights(model), train(model, opt)
+        assert not zo.same(start, zo.weights(model))
         for found in of_ranks:
             assert zo.same(found[i], expected), (method, storage, placements)
 
@@ -321,7 +325,14 @@ def refused() -> dict[str, str]:
             fsdp(zo.X)
         build(list(fsdp.named_parameters()), module=fsdp)
 
+    def unknown() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr("torch.distributed._composable_state._module_state_mapping")
+            build(module=sharded)
+            build()
+
     return {
+        "unknown": error_of(unknown),
         "partial": error_of(partial),
         "layerwise": error_of(lambda: build(module=sharded, layerwise=True)),
         "no group": error_of(lambda: build(process_group=None)),
@@ -342,6 +353,7 @@ def refused() -> dict[str, str]:
 def test_what_cannot_be_trained_in_parts_is_refused(tmp_path):
     for found in ranks.run(refused, 2, tmp_path):
         for case, expected in {
+            "unknown": "ValueError: 0.weight is sharded by FSDP2",
             "partial": "ValueError: MeZO cannot move w: a DTensor with placements (Partial(sum),) "
             "holds partial sums",
             "layerwise": "ValueError: layerwise=True evaluates plain tensors, and the module has "
@@ -442,3 +454,58 @@ def test_a_forward_pass_that_was_aborted_leaves_no_stale_copy_unnoticed(tmp_path
         assert "ValueError: no data" in found["first"]
         assert "call reset_iter_state()" in found["second"]
         assert found["drift"] < 0.2
+
+
+def operands(place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, list[Tensor]]:
+    """Of sweeps and reductions, with an update that has momenta."""
+    generator = torch.Generator().manual_seed(1)
+
+    def tensors(dtype: torch.dtype, high: int = 0) -> list[Tensor]:
+        made = [torch.randn(shape, generator=generator) * max(high, 1) for shape in SHAPES]
+        return [place(tensor.to(dtype)) for tensor in made]
+
+    return {
+        "params": tensors(torch.bfloat16),
+        "residuals": tensors(torch.int8, 100),
+        "masters": tensors(torch.float32),
+        "momenta": tensors(torch.float32),
+        "dense": tensors(torch.float32),
+        "outs": tensors(torch.bfloat16),
+    }
+
+
+def operated(given: dict[str, list[Tensor]], sweep: Callable) -> Tensor:
+    """Sweeps with each of the operands, and the sums."""
+    params, dense = given["params"], [given["dense"]]
+    update = zokern.ops.Update([1.0, 0.5], 0.9, 0.1, given["momenta"])
+    both = {"seed": 1, "dense": dense, "tensor_ids": [5, 6, 7]}
+    sweep(params, [3, -1], [0.1, 0.2], residuals=given["residuals"], update=update, **both)
+    sweep(params, [4, -1], [0.3, 0.2], residuals=given["residuals"], outs=given["outs"], **both)
+    sweep(params, [5, -1], [0.3, 0.2], masters=given["masters"], rest=1, **both)
+    return zokern.ops.inner_products(params, 2, seed=1, tensor_ids=[5, 6, 7])
+
+
+def operators() -> list[tuple[Tensor, list[Tensor]]]:
+    mesh = init_device_mesh("cpu", (3,))
+    found = []
+    for dim in (0, -1):
+        for sweep in (zokern.ops.perturb_, zokern.ops.Sweeper().perturb_):
+            given = operands(lambda t, dim=dim: distribute_tensor(t, mesh, [Shard(dim % t.ndim)]))
+            sums = operated(given, sweep)
+            parts = [tensor.to_local() for tensor in given["params"]]
+            shards = [sharding.shard_of(tensor) for tensor in given["params"]]
+            own = zokern.ops.inner_products(parts, 2, seed=1, tensor_ids=[5, 6, 7], shards=shards)
+            dist.all_reduce(own)
+            assert torch.allclose(own, sums, rtol=1e-12, atol=0)
+            found.append((sums, [whole(t) for tensors in given.values() for t in tensors]))
+    return found
+
+
+def test_operators_take_dtensors(tmp_path):
+    given = operands()
+    sums = operated(given, zokern.ops.perturb_)
+    expected = [tensor for tensors in given.values() for tensor in tensors]
+    for of_rank in ranks.run(operators, 3, tmp_path):
+        for found, tensors in of_rank:
+            assert torch.equal(found.float(), sums.float())
+            assert zo.same(tensors, expected)
