@@ -1,5 +1,7 @@
 """Zeroth-order optimizers on DTensors: bit for bit the run of one process with whole weights."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import zokern
 from tests import ranks, zo
@@ -377,6 +380,10 @@ def various() -> dict[str, Any]:
     found["fidelity"] = opt.probe_fidelity()
     opt.step(loss_of(model))
 
+    twin, twin_opt = copy.deepcopy((model, opt))
+    found["copy"] = [train(*each, 1) for each in ((model, opt), (twin, twin_opt))]
+    found["pickle"] = error_of(lambda: pickle.dumps(opt))
+
     # The state of whole weights is cut, that of parts is gathered.
     other, whole_run = make(("mezo", "momentum", ()))
     whole_run.load_state_dict(opt.state_dict())
@@ -417,12 +424,15 @@ def various() -> dict[str, Any]:
 def test_states_places_and_drift_are_those_of_the_full_tensors(tmp_path):
     model, opt = make(("mezo", "momentum", ()))
     fidelity = opt.probe_fidelity()
-    after = [train(model, opt, steps) for steps in (2, 1)]
+    after = [train(model, opt, steps) for steps in (2, 1, 1)]
     strided = train(*make(("zopro", "float32", ())))
     for found in ranks.run(various, 4, tmp_path):
         assert found["fidelity"] == pytest.approx(fidelity, rel=1e-9)
-        assert zo.same(found["gathered"], after[0])
-        assert zo.same(found["cut"], after[1])
+        for copied in found["copy"]:
+            assert zo.same(copied, after[0])
+        assert "save its state_dict()" in found["pickle"]
+        assert zo.same(found["gathered"], after[1])
+        assert zo.same(found["cut"], after[2])
         assert found["auto"] == (False, torch.int16, True)
         assert zo.same(found["fsdp of tp"], strided)
         assert found["drift"] == (
@@ -509,3 +519,36 @@ def test_operators_take_dtensors(tmp_path):
         for found, tensors in of_rank:
             assert torch.equal(found.float(), sums.float())
             assert zo.same(tensors, expected)
+
+
+def tensor_parallel() -> tuple[list[float], list[Tensor]]:
+    model = zo.make_model()
+    plan = {
+        "0": ColwiseParallel(output_layouts=Replicate()),
+        "3": RowwiseParallel(input_layouts=Replicate()),
+    }
+    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    assert not isinstance(model[1].weight, DTensor)
+    opt = zokern.MeZO(
+        model.named_parameters(), lr=0.01, eps=0.01, seed=3, process_group=dist.group.WORLD
+    )
+    losses = []
+    for _ in range(STEPS):
+        opt.step(zo.loss_of(model))
+        losses += opt.last.losses
+    opt.assert_in_sync()
+    return losses, [whole(param.detach()).clone() for param in model.parameters()]
+
+
+def test_a_forward_pass_of_tensor_parallelism(tmp_path):
+    model = zo.make_model()
+    opt = zokern.MeZO(model.named_parameters(), lr=0.01, eps=0.01, seed=3)
+    losses = []
+    for _ in range(STEPS):
+        opt.step(zo.loss_of(model))
+        losses += opt.last.losses
+    first, second = ranks.run(tensor_parallel, 2, tmp_path)
+    assert first[0] == second[0] == pytest.approx(losses, rel=1e-5)
+    assert zo.same(first[1], second[1])
+    for found, expected in zip(first[1], zo.weights(model), strict=True):
+        assert torch.allclose(found, expected, atol=1e-4)

@@ -109,7 +109,7 @@ class ZOOptimizer(ZOState):
             if choice.layerwise and module is not None:
                 self._displacement = LayerwiseDisplacement(module)
             self._versions = Versions()
-            self._places = {}
+            self._shards = {}
             self._open: OpenStep | None = None
             self._recorder = Recorder(trajectory if self._ranks.rank == 0 else None)
             self._equal_losses = EqualLosses()

@@ -12,7 +12,7 @@ from zokern.optim.base import CommonArguments
 from zokern.optim.displacement import Expansion, Member
 from zokern.optim.mezo import MeZO
 from zokern.optim.rules import Rule, float32, rule_of
-from zokern.sharding import exact_totals
+from zokern.sharding import exact_totals, groups_of
 
 
 class ConMeZO(MeZO):
@@ -78,7 +78,7 @@ class ConMeZO(MeZO):
         run = self.run
         sums = exact_totals(
             ops.inner_products([m.dense[0] for m in members], 0, seed=run["seed"]),
-            [m.groups for m in members],
+            [groups_of(m.whole) for m in members],
         )
         norm = math.sqrt(math.fsum(sums[:, 0].tolist()))
         if norm == 0.0:

@@ -14,7 +14,6 @@ from torch import Tensor
 from zokern import ops
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.rules import Rule
-from zokern.sharding import Groups
 from zokern.sweep import Shard
 
 T = TypeVar("T")
@@ -35,7 +34,7 @@ def never() -> None:
 class Member:
     """A parameter as the sweeps see it: where its value is kept, and what moves along with it.
 
-    Of DTensors it has the parts on this rank, with their shard and the groups that hold the others.
+    Of DTensors it has the parts on this rank, and their shard.
     """
 
     param: Tensor
@@ -49,7 +48,6 @@ class Member:
     whole: Tensor
     kept: tuple[Tensor, ...]
     shard: Shard | None = None
-    groups: Groups = ()
 
     @property
     def identity(self) -> tuple[int, ...]:

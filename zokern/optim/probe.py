@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zokern import noise, ops
 from zokern.optim.displacement import Member
-from zokern.sharding import Groups, exact_total
+from zokern.sharding import Groups, exact_total, groups_of
 from zokern.sweep import Shard
 
 # At a time.
@@ -26,7 +26,8 @@ def fidelity(members: Iterable[Member], eps: float, *, seed: int, draw: int, law
     by_groups: dict[Groups, Tensor] = {}
     for member in members:
         sums = _sums(member, member.param.numel(), eps, seed=seed, draw=draw, law=law)
-        by_groups[member.groups] = by_groups.get(member.groups, 0.0) + sums
+        groups = groups_of(member.whole)
+        by_groups[groups] = by_groups.get(groups, 0.0) + sums
     return _cosine(exact_total(sums, groups) for groups, sums in by_groups.items())
 
 

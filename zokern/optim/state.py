@@ -24,7 +24,7 @@ from zokern.optim.rules import Rule, rule_of
 from zokern.optim.settings import ROUNDINGS, SETTINGS, run_settings
 from zokern.optim.steps import OpenStep, StepResult
 from zokern.optim.versions import Versions
-from zokern.sharding import Groups, groups_of, holders, is_dtensor, like, local, shard_of
+from zokern.sharding import groups_of, holders, is_dtensor, like, local, shard_of
 from zokern.sweep import Shard
 
 
@@ -46,7 +46,7 @@ class ZOState(Optimizer):
     _warned: set[str]
     _run_defaults: dict[str, Any]
     _gathered: GatheredCopies
-    _places: dict[int, tuple[Shard, Groups]]
+    _shards: dict[int, Shard]
     _evaluating = False
 
     @property
@@ -108,6 +108,7 @@ class ZOState(Optimizer):
             self._check_untouched()
         self._drop_step()
         self._rest()
+        self._gathered.drop()
 
     def _rest(self) -> None:
         if not self._displacement.at_rest:
@@ -195,7 +196,6 @@ class ZOState(Optimizer):
     def _member(self, param: Tensor, number: int, group: dict[str, Any]) -> Member:
         state = self._own_state(param)
         parts = {key: local(tensor) for key, tensor in state.items()}
-        shard, groups = self._place(param)
         return Member(
             local(param),
             residual=parts.get("residual"),
@@ -206,17 +206,16 @@ class ZOState(Optimizer):
             group=group,
             whole=param,
             kept=tuple(state.values()),
-            shard=shard,
-            groups=groups,
+            shard=self._shard(param),
         )
 
-    def _place(self, param: Tensor) -> tuple[Shard | None, Groups]:
-        """Of a DTensor the shard that this rank has, and the groups that hold the others."""
+    def _shard(self, param: Tensor) -> Shard | None:
+        """Where the part of a DTensor lies that this rank has."""
         if not is_dtensor(param):
-            return None, ()
-        if id(param) not in self._places:
-            self._places[id(param)] = shard_of(param), groups_of(param)
-        return self._places[id(param)]
+            return None
+        if id(param) not in self._shards:
+            self._shards[id(param)] = shard_of(param)
+        return self._shards[id(param)]
 
     def _keeps_momentum(self) -> bool:
         return any(group["momentum"] != 0.0 for group in self.param_groups)
@@ -242,7 +241,7 @@ class ZOState(Optimizer):
         self._rest_untouched()
         self._recorder.detach()
         self._displacement = self._displacement.fresh()
-        self._places.clear()
+        self._shards.clear()
         for _, param in named(self.param_groups):
             state = self.state[param]
             # They may have another dtype or memory format now.
@@ -355,7 +354,7 @@ class ZOState(Optimizer):
             return
         self._open = None
         self._versions = Versions()
-        self._places = {}
+        self._shards = {}
         self._gathered = GatheredCopies(None)
         # Two optimizers cannot record one run.
         self._recorder = Recorder(None)

@@ -19,7 +19,7 @@ from zokern.optim.parameters import named
 from zokern.optim.rules import float32
 from zokern.optim.settings import integer
 from zokern.optim.steps import Estimate, Method, OpenStep
-from zokern.sharding import exact_totals, is_dtensor, local, placed_like
+from zokern.sharding import exact_totals, groups_of, is_dtensor, local, placed_like
 from zokern.trajectory import TrajectoryError, checksum
 
 Vectors = Mapping[str, Tensor] | Mapping[Tensor, Tensor]
@@ -190,7 +190,7 @@ class ZOPrO(ZOOptimizer):
             tensor_ids=[member.tensor_id for member in members],
             shards=[member.shard for member in members],
         )
-        sums = exact_totals(sums, [member.groups for member in members])
+        sums = exact_totals(sums, [groups_of(member.whole) for member in members])
         norms = self._update_norms(members)
         return [
             _coefficients(gamma, norm, *row) for norm, row in zip(norms, sums.tolist(), strict=True)
@@ -200,7 +200,7 @@ class ZOPrO(ZOOptimizer):
         """‖P‖ of each member, measured once a round."""
         if any(member.tensor_id not in self._norms for member in members):
             sums = ops.inner_products([m.dense[0] for m in members], 0, seed=0)
-            sums = exact_totals(sums, [member.groups for member in members])
+            sums = exact_totals(sums, [groups_of(member.whole) for member in members])
             for member, square in zip(members, sums[:, 0].tolist(), strict=True):
                 self._norms[member.tensor_id] = math.sqrt(square)
         return [self._norms[member.tensor_id] for member in members]
@@ -245,7 +245,7 @@ class ZOPrO(ZOOptimizer):
     def _vector_checksums(self) -> dict[str, list[int]]:
         if self._checksums is None:
             # Of vectors in parts no rank has all; no trajectory records them.
-            members = [member for member in self._members() if not member.groups]
+            members = [member for member in self._members() if not groups_of(member.whole)]
             self._checksums = {
                 key: [checksum(member.dense[j]) for member in members]
                 for j, key in enumerate(self.DENSE)
