@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from zokern.arguments import positions
 from zokern.sweep import Shard
@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 # its mesh.
 Groups = tuple[Any, ...]
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
+    if type(tensor) in _PLAIN:
+        return False
     # Importing it takes longer than all of zokern; whoever has a DTensor has imported it.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -36,10 +40,9 @@ def any_dtensor(tensors: Iterable[Tensor]) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that this rank has, sharing its memory; other tensors as they are."""
-    if not is_dtensor(tensor):
-        return tensor
-    with torch.no_grad():
-        return tensor.to_local()
+    # to_local() makes a new view of a parameter's each time, which takes longer than all else that
+    # is done with it between two sweeps.
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def like(tensor: Tensor, part: Tensor) -> Tensor:

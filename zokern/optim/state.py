@@ -174,12 +174,15 @@ class ZOState(Optimizer):
         # The entry exists even where it stays empty: torch.distributed.checkpoint takes an
         # optimizer without state for one that has not been initialised, and steps it.
         state = self.state[param]
-        part, new = local(param), {}
-        if param.requires_grad and not any(key in state for key in VALUE_KEYS):
-            new = new_value_state(part, resolve(self.run["precision"], param.dtype))
-        if param.requires_grad and "momentum" not in state and self._keeps_momentum():
-            new["momentum"] = torch.zeros_like(part.detach(), dtype=torch.float32)
-        state.update({key: like(param, value) for key, value in new.items()})
+        if not param.requires_grad:
+            return state
+        new = {}
+        if not any(key in state for key in VALUE_KEYS):
+            new = new_value_state(local(param), resolve(self.run["precision"], param.dtype))
+        if "momentum" not in state and self._keeps_momentum():
+            new["momentum"] = torch.zeros_like(local(param).detach(), dtype=torch.float32)
+        for key, value in new.items():
+            state[key] = like(param, value)
         return state
 
     def _members(self) -> list[Member]:
