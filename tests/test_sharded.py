@@ -338,6 +338,11 @@ def refused() -> dict[str, str]:
         "unknown": error_of(unknown),
         "partial": error_of(partial),
         "layerwise": error_of(lambda: build(module=sharded, layerwise=True)),
+        "joining": error_of(
+            lambda: zokern.MeZO(
+                [("w", nn.Parameter(torch.zeros(3)))], lr=0.1, process_group=dist.group.WORLD
+            ).add_param_group({"params": [("rows", nn.Parameter(rows))]})
+        ),
         "no group": error_of(lambda: build(process_group=None)),
         "another group": error_of(lambda: build(process_group=alone)),
         "no module": error_of(lambda: build(fsdp.named_parameters())),
@@ -361,9 +366,12 @@ def test_what_cannot_be_trained_in_parts_is_refused(tmp_path):
             "holds partial sums",
             "layerwise": "ValueError: layerwise=True evaluates plain tensors, and the module has "
             "DTensors: take layerwise=False, with precision='split8' or",
-            "no group": "ValueError: parts of the parameters lie on ranks [0, 1], which must take "
-            "the same steps by the same losses: give process_group=",
-            "another group": "lie on ranks [0, 1], but those of the run on [",
+            "no group": "ValueError: parameters are DTensors of the ranks [0, 1], which must all "
+            "take the same steps by the same losses: process_group must be a group of all of them, "
+            "such as torch.distributed.group.WORLD, not none",
+            "another group": "torch.distributed.group.WORLD, not one of the ranks [",
+            "joining": "ValueError: parts of the parameters lie on ranks [0, 1], those of the "
+            "parameters before on [",
             "no module": "ValueError: blocks.0.weight is sharded by FSDP2, whose modules keep",
             "part of it": "ValueError: scale is sharded by FSDP2, whose modules keep copies",
             "gathered": "ValueError: scale is a copy that FSDP2 had gathered, not the weight",

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zokern.sharding import device_of
+from zokern.sharding import device_of, groups_of, holders, mesh_ranks
 from zokern.sweep import Shard
 
 # Of a message, in words of 8 bytes. More losses than fit follow in a second collective.
@@ -57,32 +57,31 @@ class Ranks:
         self.size = 1 if self.is_alone else dist.get_world_size(process_group)
         # For each rank the first one that holds parts of the same copy of the weights.
         self._copy_of = list(range(self.size))
-        # Those that may hold parts of this rank's copy, among all ranks that there are.
+        # Those that may have parts of this rank's copy, among all ranks that there are.
         self._holders = self._all_ranks()
 
-    def check_holders(self, holders: set[int]) -> None:
-        """Raises ValueError if parts of this rank's weights lie on ranks of no or another group.
-
-        ``holders`` are numbers among all ranks that there are.
-        """
-        missing = holders - set(self._holders)
-        if missing and self.is_alone:
+    def check_dtensors(self, params: Sequence[Tensor]) -> None:
+        """Raises ValueError if other ranks that have DTensors too could take other steps."""
+        ranks = mesh_ranks(params)
+        if len(ranks) > 1 and not ranks <= set(self._all_ranks()):
+            given = "none" if self.is_alone else f"one of the ranks {self._all_ranks()}"
             raise ValueError(
-                f"parts of the parameters lie on ranks {sorted(holders)}, which must take the same "
-                "steps by the same losses: give process_group=, a group of all of them, such as "
-                "torch.distributed.group.WORLD"
+                f"parameters are DTensors of the ranks {sorted(ranks)}, which must all take the "
+                "same steps by the same losses: process_group must be a group of all of them, such "
+                f"as torch.distributed.group.WORLD, not {given}"
             )
-        if missing:
+        parts = holders(map(groups_of, params))
+        if not parts <= set(self._holders):
             raise ValueError(
-                f"parts of the parameters lie on ranks {sorted(holders)}, but those of the run on "
-                f"{self._holders}: give a process_group of all of them at construction"
+                f"parts of the parameters lie on ranks {sorted(parts)}, those of the parameters "
+                f"before on {self._holders}: give all of them at construction"
             )
 
-    def share(self, holders: Sequence[Collection[int]]) -> None:
+    def share(self, parts: Sequence[Collection[int]]) -> None:
         """Learn, for each rank, on which ranks the parts of its copy of the weights lie."""
         place = {rank: i for i, rank in enumerate(self._all_ranks())}
         copy_of = list(range(self.size))
-        for i, others in enumerate(holders):
+        for i, others in enumerate(parts):
             joined = {copy_of[i], *(copy_of[place[rank]] for rank in others)}
             copy_of = [min(joined) if first in joined else first for first in copy_of]
         self._copy_of = copy_of

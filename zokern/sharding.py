@@ -124,6 +124,12 @@ def holders(groups: Iterable[Groups]) -> set[int]:
     return {rank for group in each for rank in dist.get_process_group_ranks(group)}
 
 
+def mesh_ranks(tensors: Iterable[Tensor]) -> set[int]:
+    """The ranks of DTensors' meshes, among all that there are: those with replicas too."""
+    meshes = {tensor.device_mesh for tensor in tensors if is_dtensor(tensor)}
+    return {rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}
+
+
 def gathered(own: Tensor, groups: Groups) -> Tensor:
     """What all ranks of the groups have, stacked; the same on each of them, in the same order."""
     own, home = own[None], own.device

@@ -36,7 +36,7 @@ def agree(optimizer: ZOOptimizer, seed: int | None, *, records: bool) -> tuple[i
         raise ValueError(
             f"all ranks must give {type(optimizer).__name__} the same arguments: {found}"
         )
-    optimizer._ranks.share([holders for *_, holders in given])
+    optimizer._ranks.share([parts for *_, parts in given])
     return given[0][1:3]
 
 

@@ -58,7 +58,7 @@ class MeZO(ZOOptimizer):
         trajectory: a :class:`zokern.Trajectory` that records each step; of several ranks, rank 0's.
         process_group: the ranks that make the run together, a group of ``torch.distributed``: they
             exchange losses, and each makes the same update of its own copy of the weights, or of
-            the parts that it has of DTensors: then it must hold all ranks that have parts. None:
+            the parts that it has of DTensors: then it must hold all ranks of their meshes. None:
             this process alone. See docs/distributed.md.
         parallel: ``data``: each rank evaluates all points on a batch of its own, and the loss is
             the mean over ranks. ``population``: each evaluates its share of the points; all must

@@ -24,7 +24,7 @@ from zokern.optim.rules import Rule, rule_of
 from zokern.optim.settings import ROUNDINGS, SETTINGS, run_settings
 from zokern.optim.steps import OpenStep, StepResult
 from zokern.optim.versions import Versions
-from zokern.sharding import groups_of, holders, is_dtensor, like, local, shard_of
+from zokern.sharding import is_dtensor, like, local, shard_of
 from zokern.sweep import Shard
 
 
@@ -166,7 +166,7 @@ class ZOState(Optimizer):
         owner, params = type(self).__name__, named(self.param_groups[-1:])
         check_last_group(self.param_groups, precision, owner)
         self._gathered.check(params, owner)
-        self._ranks.check_holders(holders(groups_of(param) for _, param in params))
+        self._ranks.check_dtensors([param for _, param in params])
         self._displacement.check(params)
 
     def _own_state(self, param: Tensor) -> dict[str, Tensor]:
