@@ -420,6 +420,19 @@ def various() -> dict[str, Any]:
     )
     found["fsdp of tp"] = train(both, strided)
 
+    rows, columns = (shard(zo.make_model(), mesh_of(p), p) for p in (ROWS, COLUMNS))
+    made = {}
+    for key, vectors in zo.vectors(zo.make_model()).items():
+        placed = {
+            name: distribute_tensor(vectors[name], param.device_mesh, param.placements)
+            for name, param in columns.named_parameters()
+        }
+        zeros = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
+        made[key] = zokern.zopro.delta(placed, zeros)
+        assert made[key]["0.weight"].placements == COLUMNS
+    opt = zo.METHODS["zopro"].make(rows, eps=0.01, process_group=dist.group.WORLD, **made)
+    found["placed otherwise"] = train(rows, opt)
+
     copies, opt = make(("mezo", "float32", (Replicate(), Shard(0))))
     opt.step(loss_of(copies))
     opt.assert_in_sync()
@@ -443,6 +456,7 @@ def test_states_places_and_drift_are_those_of_the_full_tensors(tmp_path):
         assert zo.same(found["cut"], after[2])
         assert found["auto"] == (False, torch.int16, True)
         assert zo.same(found["fsdp of tp"], strided)
+        assert zo.same(found["placed otherwise"], strided)
         assert found["drift"] == (
             "RuntimeError: rank 2, 3 has drifted from the others, in 3.weight"
         )
