@@ -19,7 +19,12 @@ GROUP_TIMEOUT = 30
 
 # Its processes are forked from one that has imported torch.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["pytest", "torch._dynamo", "tests.ranks", "tests.zo"])
+context.set_forkserver_preload(
+    [
+        *("pytest", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"),
+        *("tests.ranks", "tests.zo"),
+    ]
+)
 
 
 def run(function: Callable, size: int, folder: Path, *arguments: Any) -> list[Any]:

@@ -8,7 +8,7 @@ differ find that out together, whatever they were about to do, and none is left 
 import hashlib
 import operator
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any, TypeVar
@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zokern.sharding import device_of
+from zokern.sharding import device_of, groups_of, holders, mesh_ranks
+from zokern.sweep import Shard
 
 # Of a message, in words of 8 bytes. More losses than fit follow in a second collective.
 WORDS = 64
@@ -35,7 +36,7 @@ class Ranks:
     Args:
         process_group: of torch.distributed, None for one process.
         parallel: ``data``: each rank has losses of all points, which are averaged;
-            ``population``: each rank has those of its share of the points.
+            ``population``: each copy of the weights has those of its share of the points.
 
     Raises:
         TypeError: for what is no process group that this process is in.
@@ -54,16 +55,61 @@ class Ranks:
         self.is_alone = process_group is None
         self.rank = 0 if self.is_alone else dist.get_rank(process_group)
         self.size = 1 if self.is_alone else dist.get_world_size(process_group)
+        # For each rank the first one that holds parts of the same copy of the weights.
+        self._copy_of = list(range(self.size))
+        # Those that may have parts of this rank's copy, among all ranks that there are.
+        self._holders = self._all_ranks()
+
+    def check_dtensors(self, params: Sequence[Tensor]) -> None:
+        """Raises ValueError if other ranks that have DTensors too could take other steps."""
+        ranks = mesh_ranks(params)
+        if len(ranks) > 1 and not ranks <= set(self._all_ranks()):
+            given = "none" if self.is_alone else f"one of the ranks {self._all_ranks()}"
+            raise ValueError(
+                f"parameters are DTensors of the ranks {sorted(ranks)}, which must all take the "
+                "same steps by the same losses: process_group must be a group of all of them, such "
+                f"as torch.distributed.group.WORLD, not {given}"
+            )
+        parts = holders(map(groups_of, params))
+        if not parts <= set(self._holders):
+            raise ValueError(
+                f"parts of the parameters lie on ranks {sorted(parts)}, those of the parameters "
+                f"before on {self._holders}: give all of them at construction"
+            )
+
+    def share(self, parts: Sequence[Collection[int]]) -> None:
+        """Learn, for each rank, on which ranks the parts of its copy of the weights lie."""
+        place = {rank: i for i, rank in enumerate(self._all_ranks())}
+        copy_of = list(range(self.size))
+        for i, others in enumerate(parts):
+            joined = {copy_of[i], *(copy_of[place[rank]] for rank in others)}
+            copy_of = [min(joined) if first in joined else first for first in copy_of]
+        self._copy_of = copy_of
+        own = copy_of[self.rank]
+        self._holders = [rank for rank, i in place.items() if copy_of[i] == own]
+
+    def _all_ranks(self) -> list[int]:
+        """The numbers of the group's ranks among all that there are."""
+        if self.is_alone:
+            return [dist.get_rank()] if dist.is_available() and dist.is_initialized() else []
+        return dist.get_process_group_ranks(self._group)
+
+    @property
+    def _firsts(self) -> list[int]:
+        """The first rank of each copy of the weights."""
+        return sorted(set(self._copy_of))
 
     def has(self, point: int, points: int) -> bool:
-        """Whether this rank evaluates a point.
+        """Whether this rank evaluates a point, with the others that hold parts of its copy.
 
-        Where there are fewer points than ranks, those that are left over evaluate one again: so
+        Where there are fewer points than copies, those that are left over evaluate one again: so
         torch's generators stay alike on all of them.
         """
         if self.parallel == "data":
             return True
-        return point % min(self.size, points) == self.rank % points
+        copies = self._firsts
+        copy = copies.index(self._copy_of[self.rank])
+        return point % min(len(copies), points) == copy % points
 
     def losses(self, own: Sequence[float], points: int, settings: Settings) -> list[float]:
         """The losses of all points, the same on every rank, from those that each rank has.
@@ -73,8 +119,9 @@ class Ranks:
         """
         gathered = self._exchange("losses", settings, own)
         if self.parallel == "population":
-            sharing = min(self.size, points)
-            return [gathered[i % sharing][i // sharing] for i in range(points)]
+            copies = self._firsts
+            sharing = min(len(copies), points)
+            return [gathered[copies[i % sharing]][i // sharing] for i in range(points)]
         return [mean(values) for values in zip(*gathered, strict=True)]
 
     def fail(self, error: BaseException) -> None:
@@ -198,14 +245,21 @@ def drifted(of_ranks: Sequence[Settings]) -> tuple[list[int], list[str]]:
     return sorted(ranks), names
 
 
-def checksum(tensor: Tensor) -> int:
-    """64 bits of a tensor's elements and their places, as a sum: the order does not matter."""
+def checksum(tensor: Tensor, shard: Shard | None = None) -> int:
+    """64 bits of a tensor's elements and their places, as a sum: the order does not matter.
+
+    With a shard the places are those in the full tensor, whose checksum is the sum, modulo 2^64, of
+    those of its parts.
+    """
     flat = tensor.detach().reshape(-1)
     bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[flat.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for start in range(0, bits.numel(), CHUNK):
         chunk = bits[start : start + CHUNK].long()
         places = torch.arange(start, start + chunk.numel(), device=bits.device)
+        if shard is not None:
+            rows = places // shard.row_length
+            places = shard.offset + rows * shard.row_stride + places % shard.row_length
         # Each place has a scrambling of its own (multiplications of splitmix64), so that what
         # changes in two elements does not cancel.
         mixed = (chunk ^ (places * -0x61C8864680B583EB)) * -0x40A7B892E31B1A47

@@ -14,7 +14,9 @@ from zokern.laws import canonical_name
 from zokern.optim.base import ZOOptimizer
 from zokern.optim.displacement import Member
 from zokern.optim.names import plain_name
+from zokern.optim.recording import check_whole
 from zokern.progress import progress_bar
+from zokern.sharding import local
 from zokern.trajectory import Record, Trajectory, TrajectoryError, check_run, describe_tensor
 
 Weights = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Tensor]
@@ -230,6 +232,8 @@ def recorded_tensors(weights: Weights, header: dict[str, Any]) -> list[Tensor]:
             f"the trajectory is of another run: there are no weights for its {missing}"
         )
     tensors = [tensor for tensor in found if tensor is not None]
+    check_whole(zip((entry["name"] for entry in recorded), tensors, strict=True))
+    tensors = [local(tensor) for tensor in tensors]
     for entry, tensor in zip(recorded, tensors, strict=True):
         if tensor.layout != torch.strided or not is_dense(tensor) or tensor.is_inference():
             raise TrajectoryError(

@@ -5,13 +5,14 @@ A DTensor that is replicated counts as a whole tensor on each rank.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from zokern.arguments import positions
 from zokern.sweep import Shard
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 # The process groups over whose ranks the parts of a tensor lie: one for each sharded dimension of
 # its mesh.
 Groups = tuple[Any, ...]
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class Part(NamedTuple):
@@ -32,17 +35,23 @@ class Part(NamedTuple):
 
 
 def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
+    if type(tensor) in _PLAIN:
+        return False
     # Importing it takes longer than all of zokern; whoever has a DTensor has imported it.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def any_dtensor(tensors: Iterable[Tensor]) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that this rank has, sharing its memory; other tensors as they are."""
-    if not is_dtensor(tensor):
-        return tensor
-    with torch.no_grad():
-        return tensor.to_local()
+    # to_local() makes a new view of a parameter's each time, which takes longer than all else that
+    # is done with it between two sweeps.
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def like(tensor: Tensor, part: Tensor) -> Tensor:
@@ -96,13 +105,13 @@ def shard_of(tensor: Tensor) -> Shard:
 
 
 def groups_of(tensor: Tensor) -> Groups:
-    """Those over which the parts of a tensor lie; none for a whole one."""
+    """Those of several ranks over which the parts of a tensor lie; none for a whole one."""
     if not is_dtensor(tensor):
         return ()
     return tuple(
         tensor.device_mesh.get_group(i)
         for i, placement in enumerate(tensor.placements)
-        if hasattr(placement, "dim")
+        if hasattr(placement, "dim") and tensor.device_mesh.size(i) > 1
     )
 
 
@@ -146,6 +155,18 @@ def of_first_rank(own: int, tensor: "DTensor") -> int:
     return int(every[0]) % (1 << 64)
 
 
+def holders(groups: Iterable[Groups]) -> set[int]:
+    """The ranks, among all that there are, over which the parts of tensors lie."""
+    each = {group for of_tensor in groups for group in of_tensor}
+    return {rank for group in each for rank in dist.get_process_group_ranks(group)}
+
+
+def mesh_ranks(tensors: Iterable[Tensor]) -> set[int]:
+    """The ranks of DTensors' meshes, among all that there are: those with replicas too."""
+    meshes = {tensor.device_mesh for tensor in tensors if is_dtensor(tensor)}
+    return {rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}
+
+
 def gathered(own: Tensor, groups: Groups) -> Tensor:
     """What all ranks of the groups have, stacked; the same on each of them, in the same order."""
     own, home = own[None], own.device
@@ -173,6 +194,26 @@ def exact_total(own: Tensor, groups: Groups) -> Tensor:
         return own
     every = gathered(own, groups).flatten(1).T.tolist()
     return torch.tensor([math.fsum(row) for row in every], dtype=own.dtype).view_as(own)
+
+
+def exact_totals(own: Tensor, groups: Sequence[Groups]) -> Tensor:
+    """:func:`exact_total` of each row over its groups; rows of the same ones in one exchange."""
+    result = own.clone()
+    for key, rows in positions(groups).items():
+        if key:
+            result[rows] = exact_total(own[rows], key)
+    return result
+
+
+def totals(own: Sequence[int], groups: Sequence[Groups]) -> list[int]:
+    """:func:`total` of each 64-bit integer over its groups, modulo 2^64."""
+    result = list(own)
+    for key, places in positions(groups).items():
+        if key:
+            sums = total(torch.tensor([own[i] for i in places]), key).tolist()
+            for i, value in zip(places, sums, strict=True):
+                result[i] = value
+    return result
 
 
 def device_of(group: dist.ProcessGroup | None) -> torch.device:

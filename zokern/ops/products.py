@@ -20,6 +20,8 @@ from zokern.arguments import (
     unsigned,
 )
 from zokern.checks import check_direction_law, check_vector
+from zokern.ops.dtensors import shards_of
+from zokern.sharding import any_dtensor, exact_totals, groups_of, local
 from zokern.sweep import InnerProducts, Shard
 
 torch.library.define(
@@ -42,8 +44,12 @@ def inner_products(
     Accumulated so exactly that every backend and every sharding gives the same sums once they are
     rounded to float32.
 
+    Of a DTensor the sums are those of the full tensor: all ranks that hold parts of it must call
+    this, with the same vectors in the same order. Of other tensors with ``shards`` they are those
+    of the elements that are given.
+
     Args:
-        vectors: float32, bfloat16 or float16 tensors v, in any memory format.
+        vectors: float32, bfloat16 or float16 tensors v, in any memory format, or DTensors of such.
         draw: 0 ≤ draw < 2^32, whose noise is z.
         seed, law, tensor_ids, shards: as for :func:`perturb_`.
 
@@ -57,6 +63,11 @@ def inner_products(
     count = len(vectors)
     ids = list(range(count)) if tensor_ids is None else integers("tensor_ids", tensor_ids, bits=56)
     check_length("tensor_ids", ids, count)
+    groups = None
+    if any_dtensor(vectors):
+        shards = shards_of("vectors", vectors, shards)
+        groups = [groups_of(vector) for vector in vectors]
+        vectors = [local(vector) for vector in vectors]
     numbers = shard_list(shards, vectors)
     draw = integer("draw", draw, bits=32)
     seed = signed(integer("seed", seed, bits=64))
@@ -71,7 +82,7 @@ def inner_products(
                 pick(ids, members),
                 [n for i in members for n in numbers[i]],
             )
-    return sums
+    return sums if groups is None else exact_totals(sums, groups)
 
 
 @torch.library.impl("zokern::inner_products", "CompositeExplicitAutograd")

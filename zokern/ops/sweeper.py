@@ -10,6 +10,7 @@ from torch import Tensor
 from zokern import backends
 from zokern.arguments import Numbers, Shards, pick, tensor_list
 from zokern.checks import check_form, check_memory, check_update
+from zokern.ops.dtensors import local_operands
 from zokern.ops.sweeps import (
     SweepNumbers,
     note_writes,
@@ -52,7 +53,8 @@ class Sweeper:
         **others: Any,
     ) -> None:
         """See :func:`perturb_`, which takes the same arguments."""
-        params = tensor_list("params", params)
+        operands = {**others, "dense": dense, "update": update}
+        params, operands = local_operands(tensor_list("params", params), operands)
         numbers = read_numbers(
             len(params),
             len(dense),
@@ -62,10 +64,10 @@ class Sweeper:
             seed=seed,
             scales=scales,
             rest=rest,
-            update=update,
+            update=operands.pop("update"),
             rounding=rounding,
         )
-        self.sweep(params, numbers, dense=dense, **others)
+        self.sweep(params, numbers, **operands)
 
     def sweep(
         self,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from zokern.arguments import (
     unsigned,
 )
 from zokern.checks import check_direction_law, check_form, check_memory, check_operand, check_update
+from zokern.ops.dtensors import local_operands
 from zokern.sweep import Shard, Sweep, Update
 
 torch.library.define(
@@ -89,9 +91,12 @@ def perturb_(
 
     The result is the same, bit for bit, on every backend and every device.
 
+    Of a DTensor the part that this rank has is moved; nothing is communicated. What goes with it
+    (residual, master, out, dense direction, momentum) is a DTensor placed alike, or the part.
+
     Args:
         params: float32, bfloat16 or float16 tensors, dense (any memory format) and not
-            overlapping. They may lie on several devices.
+            overlapping, or DTensors of such. They may lie on several devices.
         draws: the K directions, K ≥ 1 (0 with masters): z_k is the noise of draw
             0 ≤ draws[k] < 2^32, or the dense direction j where draws[k] is ~j (-1, -2, …).
         coeffs: K numbers, or K for each tensor (shape (len(params), K)). Rounded to float32.
@@ -102,7 +107,8 @@ def perturb_(
             positions by default.
         shards: for each tensor None (it is whole) or (offset, row_length, row_stride): its
             element (r, k), in rows of ``row_length``, is element offset + r·row_stride + k of the
-            full tensor and gets the noise of that element.
+            full tensor and gets the noise of that element. Of a DTensor None stands for the shard
+            that it says it is.
         rows: for each tensor None or the numbers of its rows in the full tensor, where somebody
             picked them (an embedding's, say): int64, of one dimension, on the tensor's device. Its
             element (r, k) is element offset + rows[r]·row_stride + k then. The numbers are not
@@ -130,7 +136,16 @@ def perturb_(
         TypeError, ValueError: for an operand that cannot be swept in place or an argument out of
             range, naming it, before anything is written.
     """
-    params = tensor_list("params", params)
+    operands: dict[str, Any] = {
+        "shards": shards,
+        "rows": rows,
+        "residuals": residuals,
+        "masters": masters,
+        "outs": outs,
+        "dense": dense,
+        "update": update,
+    }
+    params, operands = local_operands(tensor_list("params", params), operands)
     numbers = read_numbers(
         len(params),
         len(dense),
@@ -140,22 +155,10 @@ def perturb_(
         seed=seed,
         scales=scales,
         rest=rest,
-        update=update,
+        update=operands.pop("update"),
         rounding=rounding,
     )
-    calls = operator_calls(
-        numbers,
-        law,
-        params,
-        tensor_ids=tensor_ids,
-        shards=shards,
-        rows=rows,
-        residuals=residuals,
-        masters=masters,
-        outs=outs,
-        dense=dense,
-    )
-    run_operator(calls)
+    run_operator(operator_calls(numbers, law, params, tensor_ids=tensor_ids, **operands))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from zokern.distributed import checksum, differences, drifted
 from zokern.optim.parameters import named
 from zokern.optim.rules import float32
+from zokern.sharding import groups_of, holders, is_dtensor, local, shard_of, totals
 
 if TYPE_CHECKING:
     from zokern.optim.base import ZOOptimizer
@@ -27,21 +28,22 @@ def agree(optimizer: ZOOptimizer, seed: int | None, *, records: bool) -> tuple[i
     """
     settings = {**_hyper_parameters(optimizer), "seed": seed, **_parameters(optimizer)}
     settings["parallel"] = optimizer._ranks.parallel
-    given = optimizer._ranks.gather(
-        "the construction of an optimizer", (settings, optimizer.run["seed"], records)
-    )
-    found = differences([settings for settings, _, _ in given])
+    groups = (groups_of(param) for _, param in named(optimizer.param_groups))
+    own = settings, optimizer.run["seed"], records, sorted(holders(groups))
+    given = optimizer._ranks.gather("the construction of an optimizer", own)
+    found = differences([settings for settings, *_ in given])
     if found:
         raise ValueError(
             f"all ranks must give {type(optimizer).__name__} the same arguments: {found}"
         )
-    return given[0][1:]
+    optimizer._ranks.share([parts for *_, parts in given])
+    return given[0][1:3]
 
 
 def of_step(optimizer: ZOOptimizer, step: OpenStep) -> dict[str, Any]:
     """What a step is made of beside the losses and the weights."""
     members = optimizer._displacement.members
-    moving = sorted((member.tensor_id, member.param.numel()) for member in members)
+    moving = sorted((member.tensor_id, member.whole.numel()) for member in members)
     return {
         **_hyper_parameters(optimizer),
         **optimizer._direction_settings(),
@@ -52,13 +54,23 @@ def of_step(optimizer: ZOOptimizer, step: OpenStep) -> dict[str, Any]:
 
 
 def drift(optimizer: ZOOptimizer) -> str:
-    """Which ranks hold other weights, or other tensors beside them; empty where none does."""
-    sums = {}
+    """Which ranks hold other weights, or other tensors beside them; empty where none does.
+
+    Of DTensors the full tensors are compared: a rank shares the checksum of those that hold parts
+    of the same copy.
+    """
+    tensors = {}
     for name, param in named(optimizer.param_groups):
-        sums[name] = checksum(param)
+        tensors[name] = param
         for key, tensor in optimizer.state[param].items():
-            sums[f"the {key} of {name}"] = checksum(tensor)
-    ranks, names = drifted(optimizer._ranks.gather("assert_in_sync", sums))
+            tensors[f"the {key} of {name}"] = tensor
+    sums = [
+        checksum(local(tensor), shard_of(tensor) if is_dtensor(tensor) else None)
+        for tensor in tensors.values()
+    ]
+    sums = totals(sums, [groups_of(tensor) for tensor in tensors.values()])
+    own = dict(zip(tensors, sums, strict=True))
+    ranks, names = drifted(optimizer._ranks.gather("assert_in_sync", own))
     if not names:
         return ""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -14,14 +14,15 @@ from zokern.distributed import Ranks
 from zokern.optim import agreement
 from zokern.optim.compiled import untraced
 from zokern.optim.displacement import Coefficients, Displacement, Member
+from zokern.optim.gathered import GatheredCopies
 from zokern.optim.interrupts import Postponed, uninterrupted
 from zokern.optim.layerwise import LayerwiseDisplacement
 from zokern.optim.losses import EqualLosses, Loss, as_float
 from zokern.optim.parameters import named
 from zokern.optim.precision import choose, log_memory
-from zokern.optim.probe import SAMPLE, fidelity
+from zokern.optim.probe import fidelity, sampled_fidelity
 from zokern.optim.randomness import RandomState
-from zokern.optim.recording import Recorder
+from zokern.optim.recording import Recorder, check_whole
 from zokern.optim.rules import float32
 from zokern.optim.settings import COUNTERS, check_step, run_settings
 from zokern.optim.state import ZOState
@@ -100,6 +101,7 @@ class ZOOptimizer(ZOState):
             if parallel not in ("data", "population"):
                 raise ValueError(f"parallel must be 'data' or 'population', not {parallel!r}")
             self.last: StepResult | None = None
+            self._gathered = GatheredCopies(module)
             choice = choose(
                 precision, layerwise, stochastic_rounding, module=module, fuse_next=bool(fuse_next)
             )
@@ -107,6 +109,7 @@ class ZOOptimizer(ZOState):
             if choice.layerwise and module is not None:
                 self._displacement = LayerwiseDisplacement(module)
             self._versions = Versions()
+            self._shards = {}
             self._open: OpenStep | None = None
             self._recorder = Recorder(trajectory if self._ranks.rank == 0 else None)
             self._equal_losses = EqualLosses()
@@ -138,6 +141,8 @@ class ZOOptimizer(ZOState):
             super().__init__(params, defaults)
             held = [tensor for state in self.state.values() for tensor in state.values()]
             self._prepare()
+            if trajectory is not None:
+                check_whole(named(self.param_groups))
             params = [param for _, param in named(self.param_groups)]
             if stochastic_rounding and all(param.dtype == torch.float32 for param in params):
                 raise ValueError(
@@ -218,6 +223,7 @@ class ZOOptimizer(ZOState):
         check_step(self.param_groups)
         from_rest = self._displacement.at_rest
         self._check_untouched()
+        self._gathered.check_dropped()
         members = self._members()
         if not members:
             raise RuntimeError(
@@ -255,28 +261,25 @@ class ZOOptimizer(ZOState):
         1 is right. In half precision the point θ + ε·z is rounded before it is evaluated: for
         bfloat16 weights of scale 0.02 the cosine is 0.9994 at ε = 1e-3, 0.95 at 1e-4 and 0.46 at
         1e-5, where most weights do not move at all. Measured on the weights as they are, for the
-        next direction, over all parameters that are not frozen; below 0.99 a step warns once.
+        next direction, over all parameters that are not frozen; below 0.99 a step warns once. Where
+        ranks hold parts of the weights, all must call it.
         """
         self._refuse_in_closure()
         self.flush()
-        return self._fidelity(None)
+        return fidelity(self._members(), **self._probe())
 
-    def _fidelity(self, elements: int | None) -> float:
+    def _probe(self) -> dict[str, Any]:
         run = self.run
-        return fidelity(
-            self._members(),
-            run["eps"],
-            seed=run["seed"],
-            draw=run["draws"],
-            law=run["law"],
-            elements=elements,
-        )
+        return {"eps": run["eps"], "seed": run["seed"], "draw": run["draws"], "law": run["law"]}
 
     def _warn_of_a_lost_probe(self, members: list[Member]) -> None:
         if "fidelity" in self._warned or all(m.param.dtype == torch.float32 for m in members):
             return
-        seen = self._fidelity(SAMPLE)
-        if seen < LEAST_FIDELITY:
+        # By this rank's own parts: ranks that wait for each other here would wait for one that has
+        # failed.
+        seen = sampled_fidelity(members, **self._probe())
+        has_any = any(member.param.numel() for member in members)
+        if has_any and seen < LEAST_FIDELITY:
             self._warn_once(
                 "fidelity",
                 f"{type(self).__name__}: the forward pass sees perturbations of eps="

@@ -13,6 +13,7 @@ from zokern.optim.displacement import Expansion, Member
 from zokern.optim.mezo import MeZO
 from zokern.optim.parameters import is_number
 from zokern.optim.rules import Rule, float32, rule_of
+from zokern.sharding import exact_totals, groups_of
 
 
 class ConMeZO(MeZO):
@@ -80,11 +81,14 @@ class ConMeZO(MeZO):
 
     def _expand(self, draw: int, members: list[Member]) -> Expansion:
         run = self.run
-        sums = ops.inner_products([m.dense[0] for m in members], 0, seed=run["seed"])
+        sums = exact_totals(
+            ops.inner_products([m.dense[0] for m in members], 0, seed=run["seed"]),
+            [groups_of(m.whole) for m in members],
+        )
         norm = math.sqrt(math.fsum(sums[:, 0].tolist()))
         if norm == 0.0:
             return [(1.0, 0.0)] * len(members)
-        numel = sum(member.param.numel() for member in members)
+        numel = sum(member.whole.numel() for member in members)
         along = math.sqrt(numel) * math.cos(run["angle"]) / norm
         return [(float32(math.sin(run["angle"])), float32(along))] * len(members)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from zokern import ops
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.rules import Rule
+from zokern.sweep import Shard
 
 T = TypeVar("T")
 
@@ -31,7 +32,10 @@ def never() -> None:
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A parameter as the sweeps see it: where its value is kept, and what moves along with it."""
+    """A parameter as the sweeps see it: where its value is kept, and what moves along with it.
+
+    Of DTensors it has the parts on this rank, and their shard.
+    """
 
     param: Tensor
     residual: Tensor | None
@@ -40,11 +44,16 @@ class Member:
     dense: tuple[Tensor, ...]
     tensor_id: int
     group: dict
+    # The parameter and what is kept beside it, as the model and the optimizer have them.
+    whole: Tensor
+    kept: tuple[Tensor, ...]
+    shard: Shard | None = None
 
     @property
     def identity(self) -> tuple[int, ...]:
-        tensors = (self.param, self.residual, self.master, self.momentum, *self.dense)
-        return self.tensor_id, id(self.group), *map(id, tensors)
+        # What a DTensor wraps may be exchanged.
+        place = () if self.shard is None else (self.param.data_ptr(),)
+        return self.tensor_id, id(self.group), *map(id, (self.whole, *self.kept)), *place
 
 
 @dataclass(frozen=True)
@@ -230,6 +239,7 @@ class Displacement:
             law=law,
             scales=scales,
             tensor_ids=[member.tensor_id for member in members],
+            shards=[member.shard for member in members],
             residuals=[member.residual for member in members],
             masters=[m.master for m in members if m.master is not None] or None,
             dense=list(zip(*(m.dense for m in members), strict=True)) if has_slots else (),

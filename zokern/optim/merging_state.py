@@ -250,20 +250,12 @@ class MergingState(Optimizer):
             check_group(group)
         self._check_saved(state_dict)
         super().load_state_dict(state_dict)
-        restore_tensors(self, state_dict)
+        restore_tensors(self, state_dict, unplaced=("step", *TAU_KEYS))
         for _, param in named(self.param_groups):
-            self._place(param)
+            tau = self._tau(param)
+            if is_dtensor(param) and isinstance(tau, SparseTau):
+                self._set_tau(param, placed(dense_tau(tau, param.shape), param))
         self._begin()
-
-    def _place(self, param: Tensor) -> None:
-        """Bring a state that was saved whole, or in other parts, into a parameter's parts."""
-        state = self.state[param]
-        if is_dtensor(param) and "tau_values" in state:
-            tau = SparseTau(*(state[key] for key in TAU_KEYS))
-            self._set_tau(param, dense_tau(tau, param.shape))
-        for key in PARAM_KEYS:
-            if key in state:
-                state[key] = placed(state[key], param)
 
     def _check_saved(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError, naming it, for a tensor that does not fit its parameter."""

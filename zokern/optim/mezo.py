@@ -22,7 +22,8 @@ class MeZO(ZOOptimizer):
         params: as ``torch.optim`` takes them. Give ``model.named_parameters()`` (or groups of it,
             see :func:`zokern.param_groups`): a named weight's noise depends on its name and the
             seed alone, not on groups or on what is frozen. float32, bfloat16, float16; those with
-            ``requires_grad=False`` stand still.
+            ``requires_grad=False`` stand still. Of DTensors each rank moves its part: see
+            docs/distributed.md.
         lr: learning rate; a float or a scalar tensor. Used in float32.
         eps: ε, the size of the perturbation.
         weight_decay: wd, decoupled.
@@ -52,10 +53,12 @@ class MeZO(ZOOptimizer):
         common_random_numbers: evaluate all points of a step under the same state of torch's random
             generators; see :meth:`step`.
         module: the module that is trained, for ``layerwise``; with ``fuse_next`` its ``state_dict``
-            flushes first.
+            flushes first; under FSDP2 the copies of weights that it has gathered are dropped when
+            these move.
         trajectory: a :class:`zokern.Trajectory` that records each step; of several ranks, rank 0's.
         process_group: the ranks that make the run together, a group of ``torch.distributed``: they
-            exchange losses, and each makes the same update of its own copy of the weights. None:
+            exchange losses, and each makes the same update of its own copy of the weights, or of
+            the parts that it has of DTensors: then it must hold all ranks of their meshes. None:
             this process alone. See docs/distributed.md.
         parallel: ``data``: each rank evaluates all points on a batch of its own, and the loss is
             the mean over ranks. ``population``: each evaluates its share of the points; all must

@@ -1,5 +1,6 @@
 """The parameters of param groups: their names, ids and what makes them fit to be moved."""
 
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from zokern import checks
 from zokern.laws import canonical_name, tensor_id
 from zokern.optim.precision import resolve
-from zokern.sharding import is_dtensor, local, shard_of
+from zokern.sharding import is_dtensor, local, placed, shard_of
 
 Groups = list[dict[str, Any]]
 
@@ -76,9 +77,11 @@ def _check_kind(name: str, param: Tensor, owner: str) -> None:
             shard_of(param)
         except ValueError as error:
             raise ValueError(f"{owner} cannot move {name}: {error}") from None
-    elif is_traceable_wrapper_subclass(param):
+    part = local(param)
+    if is_traceable_wrapper_subclass(part):
         raise TypeError(
-            f"{owner} takes plain tensors and DTensors; {name} is a {type(param).__name__}"
+            f"{owner} takes plain tensors and DTensors of them; {name} is "
+            f"{'a DTensor of ' if is_dtensor(param) else ''}a {type(part).__name__}"
         )
 
 
@@ -106,16 +109,21 @@ def check_tensor_ids(groups: Groups) -> None:
             )
 
 
-def restore_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+def restore_tensors(
+    optimizer: Optimizer, state_dict: dict[str, Any], *, unplaced: Sequence[str] = ()
+) -> None:
     """Give the tensors of a state that torch has loaded their own dtypes back.
 
-    ``Optimizer.load_state_dict`` casts them to the parameter's dtype.
+    ``Optimizer.load_state_dict`` casts them to the parameter's dtype. Those of DTensors are placed
+    like them, but for those whose keys are ``unplaced``.
     """
     saved = [number for group in state_dict["param_groups"] for number in group["params"]]
     for number, (_, param) in zip(saved, named(optimizer.param_groups), strict=True):
         for key, value in state_dict["state"].get(number, {}).items():
             if isinstance(value, Tensor):
-                optimizer.state[param][key] = value.to(param.device, copy=True)
+                is_placed = key not in unplaced and value.shape == param.shape
+                own = placed(value, param) if is_placed else value
+                optimizer.state[param][key] = own.to(param.device, copy=True)
 
 
 def check_names(own_groups: Groups, saved_groups: Groups) -> None:

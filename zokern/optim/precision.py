@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zokern.sharding import any_dtensor
+
 PRECISIONS = ("auto", "inplace", "split8", "split", "master")
 
 # Where in an optimizer's state a parameter's value goes on.
@@ -65,11 +67,17 @@ def choose(
         if given is not None and not isinstance(given, bool):
             raise ValueError(f"{name} must be True, False or None, not {given!r}")
     dtypes = () if module is None else {param.dtype for param in module.parameters()}
+    sharded = module is not None and any_dtensor(module.parameters())
     halves = [dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)]
     if layerwise is None:
-        layerwise = precision == "auto" and bool(halves) and not fuse_next
+        layerwise = precision == "auto" and bool(halves) and not fuse_next and not sharded
     if layerwise and module is None:
         raise ValueError("layerwise=True needs module=, whose layers it evaluates one by one")
+    if layerwise and sharded:
+        raise ValueError(
+            "layerwise=True evaluates plain tensors, and the module has DTensors: take "
+            "layerwise=False, with precision='split8' or 'split' for half precision"
+        )
     if layerwise and fuse_next:
         raise ValueError("layerwise=True leaves the weights at rest: fuse_next has nothing to fuse")
     if layerwise and precision == "master":

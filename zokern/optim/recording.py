@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from zokern.optim.displacement import Coefficients
 from zokern.optim.parameters import named
 from zokern.optim.rules import float32
+from zokern.sharding import groups_of
 from zokern.trajectory import Record, Trajectory, TrajectoryError, check_run, describe_tensor
 
 if TYPE_CHECKING:
@@ -67,8 +70,20 @@ class Recorder:
             self._trajectory.withdraw()
 
 
+def check_whole(params: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises TrajectoryError, naming it, for a parameter of which this rank has only a part."""
+    for name, param in params:
+        if groups_of(param):
+            raise TrajectoryError(
+                f"{name} is a DTensor, whose parts lie on several ranks: trajectories, replays and "
+                "workers are for whole weights; replay the run of whole weights and shard the "
+                "result, or save checkpoints"
+            )
+
+
 def check_start(optimizer: ZOOptimizer) -> None:
     """A replay begins with the parameters alone: nothing beside them may hold part of the run."""
+    check_whole(named(optimizer.param_groups))
     for member in optimizer._displacement.members:
         master, residual, momentum = member.master, member.residual, member.momentum
         moved = (
@@ -107,7 +122,7 @@ def describe(optimizer: ZOOptimizer) -> dict[str, Any]:
         "named": "param_names" in run,
         "groups": len(groups),
         "tensors": [
-            describe_tensor(names[id(m.param)], m.tensor_id, groups[id(m.group)], m.param)
+            describe_tensor(names[id(m.whole)], m.tensor_id, groups[id(m.group)], m.param)
             for m in members
         ],
     }

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from zokern.distributed import Ranks
 from zokern.optim.displacement import Coefficients, Displacement, Expansion, Member, Step
+from zokern.optim.gathered import GatheredCopies
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.losses import EqualLosses
 from zokern.optim.parameters import (
@@ -23,6 +24,8 @@ from zokern.optim.rules import Rule, rule_of
 from zokern.optim.settings import ROUNDINGS, SETTINGS, run_settings
 from zokern.optim.steps import OpenStep, StepResult
 from zokern.optim.versions import Versions
+from zokern.sharding import is_dtensor, like, local, shard_of
+from zokern.sweep import Shard
 
 
 class ZOState(Optimizer):
@@ -42,6 +45,8 @@ class ZOState(Optimizer):
     _equal_losses: EqualLosses
     _warned: set[str]
     _run_defaults: dict[str, Any]
+    _gathered: GatheredCopies
+    _shards: dict[int, Shard]
     _evaluating = False
 
     @property
@@ -75,7 +80,8 @@ class ZOState(Optimizer):
             displacement.move(
                 target, seed=run["seed"], law=run["law"], step=step, rounding=self._rounding
             )
-            self._versions.note(member.param for member in displacement.members)
+            self._versions.note(member.whole for member in displacement.members)
+            self._gathered.drop()
 
     def _rounding(self) -> int | None:
         """The draw of a sweep's stochastic rounding."""
@@ -102,6 +108,7 @@ class ZOState(Optimizer):
             self._check_untouched()
         self._drop_step()
         self._rest()
+        self._gathered.drop()
 
     def _rest(self) -> None:
         if not self._displacement.at_rest:
@@ -117,7 +124,7 @@ class ZOState(Optimizer):
         """Bring to rest what nobody else has written to."""
         displacement = self._displacement
         if not displacement.at_rest:
-            displacement.keep(lambda member: not self._versions.changed(member.param))
+            displacement.keep(lambda member: not self._versions.changed(member.whole))
         self._rest()
 
     def _refuse_in_closure(self) -> None:
@@ -156,41 +163,62 @@ class ZOState(Optimizer):
         self._versions.note(self.param_groups[-1]["params"])
 
     def _check_last_group(self, precision: str) -> None:
-        check_last_group(self.param_groups, precision, type(self).__name__)
-        self._displacement.check(named(self.param_groups[-1:]))
+        owner, params = type(self).__name__, named(self.param_groups[-1:])
+        check_last_group(self.param_groups, precision, owner)
+        self._gathered.check(params, owner)
+        self._ranks.check_dtensors([param for _, param in params])
+        self._displacement.check(params)
 
     def _own_state(self, param: Tensor) -> dict[str, Tensor]:
         """What is kept beside a parameter that moves, made when it is first wanted."""
         # The entry exists even where it stays empty: torch.distributed.checkpoint takes an
         # optimizer without state for one that has not been initialised, and steps it.
         state = self.state[param]
-        if param.requires_grad and not any(key in state for key in VALUE_KEYS):
-            state.update(new_value_state(param, resolve(self.run["precision"], param.dtype)))
-        if param.requires_grad and "momentum" not in state and self._keeps_momentum():
-            state["momentum"] = torch.zeros_like(param.detach(), dtype=torch.float32)
+        if not param.requires_grad:
+            return state
+        new = {}
+        if not any(key in state for key in VALUE_KEYS):
+            new = new_value_state(local(param), resolve(self.run["precision"], param.dtype))
+        if "momentum" not in state and self._keeps_momentum():
+            new["momentum"] = torch.zeros_like(local(param).detach(), dtype=torch.float32)
+        for key, value in new.items():
+            state[key] = like(param, value)
         return state
 
     def _members(self) -> list[Member]:
         """The parameters that move: those that are not frozen."""
         groups = [group for group in self.param_groups for _ in group["params"]]
-        members = []
-        for (_, param), number, group in zip(
-            named(self.param_groups), tensor_ids(self.param_groups), groups, strict=True
-        ):
-            if param.requires_grad:
-                state = self._own_state(param)
-                members.append(
-                    Member(
-                        param,
-                        residual=state.get("residual"),
-                        master=state.get("master"),
-                        momentum=state.get("momentum"),
-                        dense=tuple(state[key] for key in self.DENSE),
-                        tensor_id=number,
-                        group=group,
-                    )
-                )
-        return members
+        return [
+            self._member(param, number, group)
+            for (_, param), number, group in zip(
+                named(self.param_groups), tensor_ids(self.param_groups), groups, strict=True
+            )
+            if param.requires_grad
+        ]
+
+    def _member(self, param: Tensor, number: int, group: dict[str, Any]) -> Member:
+        state = self._own_state(param)
+        parts = {key: local(tensor) for key, tensor in state.items()}
+        return Member(
+            local(param),
+            residual=parts.get("residual"),
+            master=parts.get("master"),
+            momentum=parts.get("momentum"),
+            dense=tuple(parts[key] for key in self.DENSE),
+            tensor_id=number,
+            group=group,
+            whole=param,
+            kept=tuple(state.values()),
+            shard=self._shard(param),
+        )
+
+    def _shard(self, param: Tensor) -> Shard | None:
+        """Where the part of a DTensor lies that this rank has."""
+        if not is_dtensor(param):
+            return None
+        if id(param) not in self._shards:
+            self._shards[id(param)] = shard_of(param)
+        return self._shards[id(param)]
 
     def _keeps_momentum(self) -> bool:
         return any(group["momentum"] != 0.0 for group in self.param_groups)
@@ -216,6 +244,7 @@ class ZOState(Optimizer):
         self._rest_untouched()
         self._recorder.detach()
         self._displacement = self._displacement.fresh()
+        self._shards.clear()
         for _, param in named(self.param_groups):
             state = self.state[param]
             # They may have another dtype or memory format now.
@@ -252,18 +281,19 @@ class ZOState(Optimizer):
         at_rest = self._displacement.at_rest
         if self._versions.all_known(p for group in self.param_groups for p in group["params"]):
             return None
-        moving = {id(member.param) for member in self._displacement.members}
+        moving = {id(member.whole) for member in self._displacement.members}
         for name, param in named(self.param_groups):
             if not self._versions.changed(param):
                 continue
             state, known = self.state[param], self._versions.knows(param)
             master = state.get("master")
+            kept = None if master is None else local(master)
             if known and not at_rest and id(param) in moving:
                 return name, param, "stands displaced"
             if not param.requires_grad:
                 # Frozen, it is not moved, and looked at again when it is thawed.
                 continue
-            if master is not None and at_rest and not same_bits(param, master.to(param.dtype)):
+            if kept is not None and at_rest and not same_bits(local(param), kept.to(param.dtype)):
                 return name, param, "has a master in the optimizer"
             # What was loaded belongs to parameters that are loaded too.
             if known and "residual" in state:
@@ -332,6 +362,8 @@ class ZOState(Optimizer):
             return
         self._open = None
         self._versions = Versions()
+        self._shards = {}
+        self._gathered = GatheredCopies(None)
         # Two optimizers cannot record one run.
         self._recorder = Recorder(None)
         self._equal_losses = EqualLosses()

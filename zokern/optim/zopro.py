@@ -19,6 +19,7 @@ from zokern.optim.parameters import named
 from zokern.optim.rules import float32
 from zokern.optim.settings import integer
 from zokern.optim.steps import Estimate, Method, OpenStep
+from zokern.sharding import exact_totals, groups_of, is_dtensor, local, placed
 from zokern.trajectory import TrajectoryError, checksum
 
 Vectors = Mapping[str, Tensor] | Mapping[Tensor, Tensor]
@@ -55,7 +56,8 @@ class ZOPrO(ZOOptimizer):
         eps: ε.
         previous_update: P, a mapping from parameter names or parameters to tensors shaped like
             them, on any device; :func:`delta` makes it from two models. Every parameter that moves
-            needs an entry, and no entry may be left over.
+            needs an entry, and no entry may be left over. For a DTensor it is the full tensor or a
+            DTensor, of which each rank keeps the parts that it has of the parameter.
         reward_delta: R, likewise; entries that are no parameters' (a score head) are passed over.
         total_steps: of the linear decay.
         decay: of γ with the number t of steps: ``linear``: max(0, γ₀ - t/total_steps); ``exp``:
@@ -193,7 +195,9 @@ class ZOPrO(ZOOptimizer):
             seed=run["seed"],
             law=run["law"],
             tensor_ids=[member.tensor_id for member in members],
+            shards=[member.shard for member in members],
         )
+        sums = exact_totals(sums, [groups_of(member.whole) for member in members])
         norms = self._update_norms(members)
         return [
             _coefficients(gamma, norm, *row) for norm, row in zip(norms, sums.tolist(), strict=True)
@@ -201,11 +205,12 @@ class ZOPrO(ZOOptimizer):
 
     def _update_norms(self, members: list[Member]) -> list[float]:
         """‖P‖ of each member, measured once a round."""
-        if any(id(member.dense[0]) not in self._norms for member in members):
+        if any(member.tensor_id not in self._norms for member in members):
             sums = ops.inner_products([m.dense[0] for m in members], 0, seed=0)
+            sums = exact_totals(sums, [groups_of(member.whole) for member in members])
             for member, square in zip(members, sums[:, 0].tolist(), strict=True):
-                self._norms[id(member.dense[0])] = math.sqrt(square)
-        return [self._norms[id(member.dense[0])] for member in members]
+                self._norms[member.tensor_id] = math.sqrt(square)
+        return [self._norms[member.tensor_id] for member in members]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As the base's; the vectors of the round are part of the state."""
@@ -213,7 +218,6 @@ class ZOPrO(ZOOptimizer):
         self._norms, self._checksums = {}, None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Norms are kept by identity, which a copy does not share.
         return super().__getstate__() | {"_norms": {}, "_checksums": None}
 
     def _replay_arguments(self) -> dict[str, Any]:
@@ -247,7 +251,8 @@ class ZOPrO(ZOOptimizer):
 
     def _vector_checksums(self) -> dict[str, list[int]]:
         if self._checksums is None:
-            members = self._members()
+            # Of vectors in parts no rank has all; no trajectory records them.
+            members = [member for member in self._members() if not groups_of(member.whole)]
             self._checksums = {
                 key: [checksum(member.dense[j]) for member in members]
                 for j, key in enumerate(self.DENSE)
@@ -312,8 +317,10 @@ def _vectors_of(
             )
         dtype = vector.dtype if vector.dtype in PARAM_DTYPES else torch.float32
         vector = vector.detach().to(param.device, dtype, copy=True)
-        if not bool(vector.isfinite().all()):
+        if not bool(local(vector).isfinite().all()):
             raise ValueError(f"{what}[{name!r}] has entries that are NaN or infinite")
+        if is_dtensor(param) or is_dtensor(vector):
+            vector = placed(vector, param).clone()
         found.append((param, vector))
     if missing:
         advice = "" if exact else ": give zeros where the reward model has nothing to say"
@@ -376,7 +383,8 @@ def delta(
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)} in new and {tuple(other.shape)} in old"
             )
-        result[name] = tensor.float() - other.to(tensor.device).float()
+        other = placed(other.to(tensor.device), tensor)
+        result[name] = tensor.float() - other.float()
     if not result:
         raise ValueError(
             f"new and old have no tensor in common: new has {sorted(news)[:3]}, old has "
