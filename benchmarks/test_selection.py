@@ -57,18 +57,6 @@ def test_of_equal_values(benchmark, capsys, dtype, share):
     beside(benchmark, capsys, peers, lambda: ops.magnitude_threshold([values], k))
 
 
-@pytest.mark.parametrize("share", SHARES)
-def test_near_the_threshold_of_before(benchmark, capsys, share):
-    values = torch.randn(NUMEL, generator=torch.Generator().manual_seed(0))
-    k = int(share * NUMEL)
-    near = 1.001 * ops.magnitude_threshold([values], k)[0]
-    peers = {
-        "without": lambda: ops.magnitude_threshold([values], k),
-        "amax, which reads once": lambda: values.amax(),
-    }
-    beside(benchmark, capsys, peers, lambda: ops.magnitude_threshold([values], k, near=near))
-
-
 def test_many_small_tensors(benchmark, capsys):
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(768, generator=generator) for _ in range(300)]

@@ -276,10 +276,10 @@ PYBIND11_MODULE(_C, m) {
              py::arg("draws"), py::arg("limits"), py::arg("offsets"), py::arg("row_lengths"),
              py::arg("row_strides"), py::arg("tensor_ids"), py::arg("seed"));
     py::class_<Selection>(m, "Selection")
-        .def(py::init([](const Values& values, Ints k, bool joined, Floats near) {
-                 return Selection{values, std::move(k), joined, std::move(near)};
+        .def(py::init([](const Values& values, Ints k, bool joined) {
+                 return Selection{values, std::move(k), joined};
              }),
-             py::kw_only(), py::arg("values"), py::arg("k"), py::arg("joined"), py::arg("near"));
+             py::kw_only(), py::arg("values"), py::arg("k"), py::arg("joined"));
     py::class_<L1Sums>(m, "L1Sums")
         .def(py::init([](const Values& values, const Masks& masks) {
                  return L1Sums{values, masks.masks, masks.seed};

@@ -11,7 +11,6 @@ struct Selection {
     std::vector<ValueTensor> tensors;
     std::vector<int64_t> k;  // of each tensor, or one of all as if they were joined
     bool joined;
-    std::vector<float> near;  // like k, or empty
 };
 
 // For each tensor: the threshold, the cut below which its equals are kept, the largest magnitude.

@@ -200,32 +200,6 @@ def test_elements_count_in_logical_order_in_every_memory_format(backend):
     assert got == ops.magnitude_threshold([value], 37, bases=[bases.contiguous()])
 
 
-NEAR = {
-    "right": lambda t: t,
-    "close": lambda t: t * (1 + 1e-5),
-    "above": lambda t: t * 1.5 + 0.1,
-    "below": lambda t: t * 0.5,
-    "negative": lambda t: -t,
-    "zero": torch.zeros_like,
-    "infinite": lambda t: torch.full_like(t, INFINITY),
-    "NaN": lambda t: torch.full_like(t, math.nan),
-    "strange NaN": lambda t: torch.full_like(t, -1, dtype=torch.int32).view(torch.float32),
-    "tiny": lambda t: torch.full_like(t, 1e-45),
-}
-
-
-@pytest.mark.parametrize("joined", [False, True])
-@pytest.mark.parametrize("name", NEAR)
-def test_a_near_threshold_never_changes_the_result(fast_backend, name, joined):
-    """Triton's kernels do not look at it."""
-    tensors = [*tensors_of_all_kinds(), randn(1 << 17), randn(1 << 17).bfloat16()]
-    for k in (0, 1000, 1, 2400):
-        wanted = ops.magnitude_threshold(tensors, k, joined=joined)
-        near = NEAR[name](wanted[0])
-        got = ops.magnitude_threshold(tensors, k, joined=joined, near=near)
-        assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
-
-
 def unlike_a_sample() -> dict[str, Tensor]:
     """Of so many elements that a core may go by some of them, which say little about the others."""
     many = randn(70001)
@@ -308,10 +282,7 @@ def test_the_steps_of_adam_are_selected_from_as_if_they_were_stored(
     for k in (0, 300, 900, 5000):
         got = ops.adam_threshold(steps, k)
         wanted = ops.magnitude_threshold(deltas, k)
-        near = ops.adam_threshold(steps, k, near=1.001 * wanted[0])
-        for a, b, c in zip(got, wanted, near, strict=True):
-            assert same_bits(a, b)
-            assert same_bits(a, c)
+        assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 def test_a_step_that_is_nan_counts_as_largest(backend):
@@ -445,7 +416,7 @@ def test_many_threads_agree_with_one():
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append([*ops.magnitude_threshold(tensors, 500, near=torch.ones(5))])
+        results.append([*ops.magnitude_threshold(tensors, 500)])
         results[-1] += ops.magnitude_threshold(tensors, 1 << 20, joined=True)
         results[-1].append(ops.l1_sums(Differences(tensors), random_mask(tensors)))
     torch.set_num_threads(before)
@@ -455,10 +426,9 @@ def test_many_threads_agree_with_one():
 
 def test_it_passes_opcheck():
     tensors = [randn(5, 3), randn(7).bfloat16()]
-    near = torch.tensor([0.5, math.nan])
-    selection = (tensors, [], False, [3, 4], False, near)
+    selection = (tensors, [], False, [3, 4], False)
     torch.library.opcheck(torch.ops.zokern.magnitude_threshold, selection)
-    joined = (tensors, [randn(5, 3), randn(7)], True, [3], True, None)
+    joined = (tensors, [randn(5, 3), randn(7)], True, [3], True)
     torch.library.opcheck(torch.ops.zokern.magnitude_threshold, joined)
     mask = (None, None, torch.tensor([0, 1]), torch.tensor([1 << 31, 5]))
     place = ([0, 15, 15, 0, 7, 7], [1, 2], -7)
@@ -472,7 +442,7 @@ def test_it_passes_opcheck():
         steps.numbers,
         steps.merges,
     )
-    torch.library.opcheck(torch.ops.zokern.adam_threshold, (*own, [3] * 6, False, None))
+    torch.library.opcheck(torch.ops.zokern.adam_threshold, (*own, [3] * 6, False))
 
 
 def test_a_gradient_is_no_obstacle_and_the_result_has_none():
@@ -512,24 +482,6 @@ BAD = {
         {"bases": [torch.zeros(3)]},
         ValueError,
         r"bases\[0\].*it must have the shape \(4,\)",
-    ),
-    "near of wrong length": (
-        lambda t: ([t], 1),
-        {"near": torch.zeros(2)},
-        ValueError,
-        r"near must have the shape \(1,\)",
-    ),
-    "near of another dtype": (
-        lambda t: ([t], 1),
-        {"near": torch.zeros(1).double()},
-        TypeError,
-        "near must be of torch.float32",
-    ),
-    "near a number": (
-        lambda t: ([t], 1),
-        {"near": 0.5},
-        TypeError,
-        "near must be a float32 tensor",
     ),
 }
 

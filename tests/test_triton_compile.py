@@ -206,7 +206,7 @@ def select_and_sum(kernels: list, name: str) -> dict:
     from zokern.backends.triton import l1, selection
 
     values, numbers = values_named(name), torch.zeros(1, dtype=torch.int64)
-    selection.select(Selection(values, [1000], False, None))
+    selection.select(Selection(values, [1000], False))
     count, ties, cut = kernels[-3:]
     shard = Shard(0, 1 << 16, 1 << 16)
     l1.l1_sums(L1Sums(values, Mask(None, None, numbers, numbers, [shard], [0], 1)))

@@ -123,7 +123,6 @@ class Selection:
     values: Values
     k: Sequence[int]  # one for each tensor, or one for all as if they were joined
     joined: bool
-    near: Tensor | None  # float32 thresholds that the true ones may lie close to
 
 
 @dataclass(frozen=True)

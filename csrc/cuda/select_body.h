@@ -1,6 +1,4 @@
 // The kernels of the search for the k-th largest magnitude; see select_plan.h.
-//
-// What a near threshold says is not looked at here: it would change nothing but the time.
 #pragma once
 
 #include "context.h"

@@ -44,7 +44,6 @@ def difference_threshold(
     k: int | Sequence[int],
     *,
     joined: bool = False,
-    near: Tensor | None = None,
 ) -> Thresholds:
     """:func:`zokern.ops.magnitude_threshold` of values that may be rounded to the dtype of the
     tensors, which are no DTensors."""
@@ -53,7 +52,6 @@ def difference_threshold(
     if bases is not None:
         check_flat(count, bases=(bases, 1))
     counts = counts_of(k, count, joined)
-    near = _near(near, count, joined)
     groups = list(by_device(tensors).values())
     if joined and len(groups) > 1:
         raise ValueError("tensors that are joined must be on one device")
@@ -67,7 +65,6 @@ def difference_threshold(
                 rounded,
                 counts if joined else pick(counts, members),
                 joined,
-                near if near is None or joined else near[members],
             )
             for result, own in zip(results, found, strict=True):
                 result[members] = own.to(home)
@@ -76,13 +73,13 @@ def difference_threshold(
     return thresholds, cuts
 
 
-def adam_threshold(steps: AdamSteps, k: int | Sequence[int], near: Tensor | None = None) -> tuple:
+def adam_threshold(steps: AdamSteps, k: int | Sequence[int]) -> tuple:
     """:func:`zokern.ops.magnitude_threshold` of Adam's steps Δ, all on one device; NaN counts as
     largest."""
     count = len(steps.grads)
-    counts, near = counts_of(k, count, False), _near(near, count, False)
+    counts = counts_of(k, count, False)
     with torch.no_grad():
-        return torch.ops.zokern.adam_threshold(*_flat_values(steps), counts, False, near)[:2]
+        return torch.ops.zokern.adam_threshold(*_flat_values(steps), counts, False)[:2]
 
 
 def l1_sums(values: Values, mask: Mask) -> Tensor:
@@ -144,17 +141,6 @@ def counts_of(k: int | Sequence[int], count: int, joined: bool) -> list[int]:
     return integers("k", k, bits=63)
 
 
-def _near(near: Tensor | None, count: int, joined: bool) -> Tensor | None:
-    if near is None or count == 0:
-        return None
-    if not isinstance(near, Tensor):
-        raise TypeError(f"near must be a float32 tensor, not {type(near).__name__}")
-    if joined and tuple(near.shape) == (1,):
-        return near
-    check_table("near", near, torch.float32, (count,))
-    return near[:1] if joined else near
-
-
 def check_no_nan(tensors: Sequence[Tensor], nan: Tensor) -> None:
     """Raises ValueError, naming it, for a tensor that is said to have some."""
     if nan.any():
@@ -199,13 +185,11 @@ def _adam_steps(
     return steps
 
 
-def _selection(values: Values, k: list[int], joined: bool, near: Tensor | None) -> Selection:
+def _selection(values: Values, k: list[int], joined: bool) -> Selection:
     count = 1 if joined else _length(values)
     if len(k) != count:
         raise ValueError(f"k must have {count} entries, not {len(k)}")
-    if near is not None:
-        check_table("near", near, torch.float32, (count,))
-    return Selection(values, integers("k", k, bits=63), joined, near)
+    return Selection(values, integers("k", k, bits=63), joined)
 
 
 def _sums(
@@ -322,7 +306,7 @@ def _register_kind(kind: str, operands: str, read: Callable[..., Values]) -> Non
     n = len(operands.split(","))
     _register(
         f"zokern::{kind}_threshold",
-        f"({operands}, int[] k, bool joined, Tensor? near) -> (Tensor, Tensor, Tensor)",
+        f"({operands}, int[] k, bool joined) -> (Tensor, Tensor, Tensor)",
         lambda *args: _selection(read(*args[:n]), *args[n:]),
         _run_select,
         _empty_results,

@@ -41,7 +41,6 @@ def magnitude_threshold(
     *,
     bases: Iterable[Tensor] | None = None,
     joined: bool = False,
-    near: Tensor | None = None,
 ) -> Thresholds:
     """The thresholds that keep exactly the k elements of largest magnitude, without a sort.
 
@@ -65,10 +64,6 @@ def magnitude_threshold(
         bases: a tensor (float32, bfloat16 or float16) of each x's shape, placed like it.
         joined: keep k elements in all, as if the tensors were one, in their order. They must be on
             one device, and no DTensors.
-        near: float32 thresholds that the new ones may be close to, for example those of the step
-            before: one for each tensor (if joined, the first counts), NaN where there is none. It
-            can save a pass over the tensors and never changes the result; with DTensors it is not
-            looked at.
 
     Returns:
         ``thresholds`` (float32) and ``cuts`` (int64) of shape (len(tensors),), on the device of the
@@ -82,7 +77,7 @@ def magnitude_threshold(
     tensors = tensor_list("tensors", tensors)
     bases = None if bases is None else tensor_list("bases", bases)
     if not any(map(sharding.is_dtensor, tensors)):
-        return difference_threshold(Differences(tensors, bases), k, joined=joined, near=near)
+        return difference_threshold(Differences(tensors, bases), k, joined=joined)
     if joined:
         raise ValueError("DTensors cannot be joined")
     check_flat(len(tensors), bases=(bases or tensors, 1))
@@ -111,16 +106,16 @@ def _have_nan(values: Differences, parts: Sequence[Part]) -> Tensor:
 
 
 def adam_threshold_of_parts(
-    steps: AdamSteps, k: Sequence[int], parts: Sequence[Part], near: Tensor | None = None
+    steps: AdamSteps, k: Sequence[int], parts: Sequence[Part]
 ) -> Thresholds:
     """:func:`adam_threshold` of full tensors, by all ranks that have parts of them.
 
     Every rank asks for the same tensors in the same order. Cuts are those of this rank's part, in
-    its own row-major order. Only where all tensors are whole ``near`` is made use of.
+    its own row-major order.
     """
     shared = [i for i, part in enumerate(parts) if part.groups]
     if not shared:
-        return adam_threshold(steps, k, near)
+        return adam_threshold(steps, k)
     device = steps.grads[0].device
     thresholds = torch.empty(len(parts), device=device)
     cuts = torch.empty(len(parts), dtype=torch.int64, device=device)

@@ -42,8 +42,6 @@ class MergingState(Optimizer):
     METHODS: ClassVar[dict[str, str]]
 
     _versions: Versions
-    # The thresholds of the step before, by what they are of.
-    _near: dict[Any, Tensor]
     _warned: set[str]
 
     def __init__(
@@ -77,7 +75,6 @@ class MergingState(Optimizer):
     def _begin(self) -> None:
         """What is no part of the state."""
         self._versions = Versions()
-        self._near = {}
         self._warned = set()
 
     def _checked_run(self, run: Group) -> Group:

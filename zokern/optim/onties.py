@@ -140,12 +140,10 @@ class OnTIESAdamW(MergingAdamW):
         cuts = self._column(members, numels, torch.int64).to(device, copy=True)
         if masked:
             chosen = some_of(steps, masked)
-            key = tuple(id(members[i].param) for i in masked)
             kept, parts = [counts[i] for i in masked], [members[i].part for i in masked]
-            found = ops.adam_threshold_of_parts(chosen, kept, parts, self._near.get(key))
+            found = ops.adam_threshold_of_parts(chosen, kept, parts)
             at = self._column([members[i] for i in masked], masked, torch.int64).to(device)
             thresholds[at], cuts[at] = found
-            self._near = {key: found[0]}
         return replace(mask, thresholds=thresholds, cuts=cuts)
 
     def _ratios(self, members: list[Member], steps: AdamSteps, mask: Mask) -> Tensor:

@@ -15,12 +15,7 @@ def select(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
     thresholds = torch.empty(packed.count, device=device, dtype=torch.float32)
     cuts = torch.empty(packed.count, device=device, dtype=torch.int64)
     largest = torch.zeros_like(thresholds)
-    native = _C.Selection(
-        values=packed.values,
-        k=selection.k,
-        joined=selection.joined,
-        near=_near(selection.near, device),
-    )
+    native = _C.Selection(values=packed.values, k=selection.k, joined=selection.joined)
     addresses = thresholds.data_ptr(), cuts.data_ptr(), largest.data_ptr()
     if device.type == "cpu":
         _C.cpu_select(native, *addresses, cpu_capability(), torch.get_num_threads())
@@ -31,8 +26,3 @@ def select(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
             scratch = torch.zeros(size, device=device, dtype=torch.uint8)
             _C.cuda_select(native, *addresses, scratch.data_ptr(), device.index, stream)
     return thresholds, cuts, largest
-
-
-def _near(near: Tensor | None, device: torch.device) -> list[float]:
-    # On a GPU it is not made use of: to read it here would wait for the device.
-    return [] if near is None or device.type != "cpu" else near.tolist()

@@ -2,8 +2,7 @@
 
 Each pass counts how many values fall into each bin of an interval, in a histogram of the block;
 between the passes a few operations of torch take the bin that the wanted magnitude lies in. All of
-it is queued on the device. What a near threshold says would change only the time, and is not
-looked at.
+it is queued on the device.
 """
 
 from dataclasses import dataclass
