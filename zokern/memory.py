@@ -83,6 +83,8 @@ class Scratch:
 
     def __init__(self) -> None:
         self._free: list[Buffer] = []
+        # Of the first buffer, in bytes.
+        self.least = 0
 
     def lend(self, likes: Sequence[Tensor]) -> Buffer:
         """One that tensors of these shapes and dtypes, of one device, can be cut from."""
@@ -96,6 +98,7 @@ class Scratch:
         if own:
             # One that is too small would lie there unused.
             del self._free[own[-1]]
+        size, self.least = max(size, self.least), 0
         with torch.inference_mode(False):
             empty = torch.empty(size, dtype=torch.uint8, device=device)
         return Buffer(_with_huge_pages(empty))

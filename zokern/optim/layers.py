@@ -7,9 +7,12 @@ from torch import Tensor, nn
 
 from zokern.optim.compiled import is_compiled
 
-# In bytes, by device. A processor's are as large as its caches, so that what is written there is
-# read there.
+# In bytes, by device: what is never divided. A processor's are as large as its caches, so that what
+# is written there is read there.
 CHUNK = {"cpu": 1 << 25, "cuda": 1 << 28}
+# Chunks are as large as what else is written at once: new memory takes longer than another write.
+# But at least this share of CHUNK.
+LEAST_CHUNK = 1 / 4
 SHARE = 1 / 24
 SMALL = 1 / 16
 # Of an embedding: a smaller one is written as a whole, which is less work than a look for its rows.
@@ -26,8 +29,9 @@ class Layer:
     members: list[int]
 
 
-def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
-    """The modules before whose forward members of the index are written, each once.
+def layers(module: nn.Module, index: dict[int, int]) -> tuple[list[Layer], int]:
+    """The modules before whose forward members of the index are written, each once; and the bytes
+    of the most that is written at once, of a chunk too.
 
     As few as do with a buffer for the largest of those that cannot be divided, for a chunk where
     there are chunks, or for ``SHARE`` of all parameters if that is less than a chunk: one write for
@@ -66,7 +70,9 @@ def layers(module: nn.Module, index: dict[int, int]) -> list[Layer]:
         for child in children:
             yield from visit(child)
 
-    return list(visit(module))
+    found = list(visit(module))
+    chunks = [int(tree.chunk * LEAST_CHUNK)] if tree.has_chunks else []
+    return found, max([*chunks, *(tree.size(layer.members) for layer in found)], default=0)
 
 
 class Tree:
@@ -86,7 +92,7 @@ class Tree:
         self.chunk, self.has_chunks = 0, False
         self._add(module)
 
-    def size(self, members: Iterable[int]) -> float:
+    def size(self, members: Iterable[int]) -> int:
         return sum(self.sizes[i] for i in members)
 
     def is_whole(self, module: nn.Module) -> bool:

@@ -36,7 +36,7 @@ from zokern.optim.displacement import (
     never,
 )
 from zokern.optim.interrupts import uninterrupted
-from zokern.optim.layers import Layer, chunk_of, is_chunked, layers
+from zokern.optim.layers import Layer, is_chunked, layers
 from zokern.optim.watched import Watched, check_unwatched, unwatch, watch
 
 
@@ -229,7 +229,9 @@ class View:
         self._is_closed = False
         with uninterrupted():
             try:
-                for layer in layers(module, self._index):
+                found, self._most = layers(module, self._index)
+                self._scratch.least = self._most
+                for layer in found:
                     self._hook(layer)
                 for member, hidden in zip(members, self._hidden, strict=True):
                     member.param.data = hidden
@@ -451,7 +453,7 @@ class View:
         count, width = weight.shape
         if isinstance(bias, Watched):
             bias, _ = self.lend(bias)
-        step = max(1, chunk_of(weight) // (width * weight.element_size()))
+        step = max(1, self._most // (width * weight.element_size()))
         result = None
         # A graph for gradients would keep them.
         keep = not _keeps_what_it_reads()
