@@ -224,6 +224,9 @@ def with_fsdp(storages: list[str]) -> list[tuple[list[float], list[Tensor]]]:
             model, opt = net(storage, mesh)
             losses = []
             for _ in range(STEPS):
+                with torch.no_grad():
+                    # As users evaluate between steps: it leaves copies behind.
+                    loss_of_batch(model)
                 opt.step(lambda model=model, part=part: loss_of_batch(model, part))
                 losses += opt.last.losses
             opt.flush()

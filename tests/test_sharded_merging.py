@@ -381,6 +381,34 @@ def refusals() -> None:
         with pytest.raises(RuntimeError, match="does one of them lack gradients"):
             make(CASES[name], net).step()
         assert torch.equal(sharding.local(net.a), before)
+    refuse_other_tensors_of_the_same_shape(place)
+    refuse_gathered_copies()
+
+
+def refuse_other_tensors_of_the_same_shape(place: Callable) -> None:
+    """Stepped by one rank, or by none."""
+    rank = dist.get_rank()
+    for steps in ([0, 1], [0, None]):
+        params = [nn.Parameter(place(randn(4, 6, seed=i))) for i in range(2)]
+        opt = zokern.OnTIESAdamW(
+            zip("ab", params, strict=True), reserve_p=0.3, semantics="paper", use_merge=False
+        )
+        if (i := steps[rank]) is not None:
+            params[i].grad = place(randn(4, 6, seed=5))
+        with pytest.raises(RuntimeError, match="must step the same ones"):
+            opt.step()
+
+
+def refuse_gathered_copies() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 6))
+    fully_shard(model)
+    with torch.no_grad():
+        model(randn(2, 6, seed=0))
+    with pytest.raises(ValueError, match=r"0\.weight is a copy that FSDP2 had gathered"):
+        zokern.OnDAREAdamW(model.named_parameters())
+    zokern.OnDAREAdamW(model.named_parameters())
 
 
 def test_what_cannot_be_told_is_refused(tmp_path):

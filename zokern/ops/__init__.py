@@ -10,6 +10,7 @@ from zokern.ops.magnitudes import adam_threshold, difference_threshold, l1_sums
 from zokern.ops.noise import noise_sample
 from zokern.ops.parts import (
     adam_threshold_of_parts,
+    check_alike,
     l1_sums_of_parts,
     magnitude_threshold,
     threshold_of_parts,
@@ -27,6 +28,7 @@ __all__ = [
     "Update",
     "adam_threshold",
     "adam_threshold_of_parts",
+    "check_alike",
     "check_merge_step",
     "difference_threshold",
     "forms_of",

@@ -145,7 +145,7 @@ def threshold_of_parts(values: Values, k: Sequence[int], parts: Sequence[Part]) 
     for groups, places in positions(parts[i].groups for i in searched).items():
         members = pick(searched, places)
         some, own = some_of(values, members), pick(parts, members)
-        _check_alike([(part.numel, k[i]) for part, i in zip(own, members, strict=True)], groups)
+        check_alike([(part.numel, k[i]) for part, i in zip(own, members, strict=True)], groups)
         magnitudes[members], kept, equals = _kth_largest(some, pick(k, members), own, groups)
         cutting = (kept < equals).nonzero().flatten().tolist()
         if cutting:
@@ -162,12 +162,12 @@ def l1_sums_of_parts(values: Values, mask: Mask, parts: Sequence[Part]) -> Tenso
     sums = exact_l1_sums(values, mask)
     for groups, members in positions(part.groups for part in parts).items():
         if groups:
-            _check_alike([parts[i].numel for i in members], groups)
+            check_alike([parts[i].numel for i in members], groups)
             sums[members] = sharding.exact_total(sums[members], groups).to(sums.device)
     return sums.float()
 
 
-def _check_alike(asked: list, groups: Groups) -> None:
+def check_alike(asked: list, groups: Groups) -> None:
     """Raises RuntimeError on all ranks where they ask for different things."""
     own = torch.tensor(binascii.crc32(repr(asked).encode()))
     every = sharding.gathered(own, groups).tolist()

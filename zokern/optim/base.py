@@ -223,6 +223,8 @@ class ZOOptimizer(ZOState):
         check_step(self.param_groups)
         from_rest = self._displacement.at_rest
         self._check_untouched()
+        # Somebody may have evaluated the model since.
+        self._gathered.drop()
         self._gathered.check_dropped()
         members = self._members()
         if not members:

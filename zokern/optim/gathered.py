@@ -7,6 +7,11 @@ from torch import Tensor, nn
 
 from zokern.sharding import is_dtensor
 
+COPY = (
+    "{name} is a copy that FSDP2 had gathered, not the weight: call reshard() on its module before "
+    "its parameters are listed"
+)
+
 
 class GatheredCopies:
     """Those in a module, which no longer are the weights once these have moved.
@@ -40,10 +45,7 @@ class GatheredCopies:
             )
         for name, param in named_params if self._sharded else ():
             if not is_dtensor(param) and param.numel() and not param.untyped_storage().nbytes():
-                raise ValueError(
-                    f"{name} is a copy that FSDP2 had gathered, not the weight: call reshard() on "
-                    "its module before its parameters are listed"
-                )
+                raise ValueError(COPY.format(name=name))
         self._owned |= {
             id(param): names[id(param)]
             for module in self._sharded
@@ -69,19 +71,40 @@ class GatheredCopies:
         """Those that belong to modules of FSDP2 which are not in the given one."""
         if "torch.distributed.fsdp" not in sys.modules:
             return []
-        composable = sys.modules.get("torch.distributed._composable_state")
-        known = getattr(composable, "_module_state_mapping", None)
-        if known is None:
+        modules = _all_sharded()
+        if modules is None:
             # Where torch does not say which modules there are, any DTensor may be one of theirs.
             return [param for param in params if is_dtensor(param) and not self._is_given]
         own = {id(param) for param in params}
         return [
             param
-            for module in list(known)
-            if _is_sharded(module) and module not in self._sharded
+            for module in modules
+            if module not in self._sharded
             for param in _parameters(module)
             if id(param) in own
         ]
+
+
+def check_weights_themselves(named_params: Sequence[tuple[str, Tensor]]) -> None:
+    """Raises ValueError, naming it, for a parameter that is a copy which FSDP2 has gathered."""
+    names = {id(param): name for name, param in named_params if not is_dtensor(param)}
+    for module in _all_sharded() or ():
+        held = [param for param in _parameters(module) if id(param) in names]
+        if not held:
+            continue
+        # One that FSDP2 was told to ignore stays.
+        module.reshard()  # type: ignore[operator]
+        left = {id(param) for param in _parameters(module)}
+        for param in held:
+            if id(param) not in left:
+                raise ValueError(COPY.format(name=names[id(param)]))
+
+
+def _all_sharded() -> list[nn.Module] | None:
+    """All modules of FSDP2; None where torch does not say which there are."""
+    composable = sys.modules.get("torch.distributed._composable_state")
+    known = getattr(composable, "_module_state_mapping", None)
+    return None if known is None else [module for module in list(known) if _is_sharded(module)]
 
 
 def _is_sharded(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from zokern.optim.merging_state import MergingState
 from zokern.optim.merging_tables import Member, OnDevice, OnHost, Tables
 from zokern.optim.parameters import check_unflattened, named, tensor_ids
 from zokern.optim.reference import Source, Weights, check_weights
-from zokern.sharding import Part, describe, is_dtensor, local, placed, whole
+from zokern.sharding import Groups, Part, describe, is_dtensor, local, placed, whole
 from zokern.warn import warn
 
 
@@ -129,7 +129,9 @@ class MergingAdamW(MergingState):
                 loss = closure()
         with torch.no_grad():
             kinds: dict[tuple, list[Member]] = {}
-            for member in self._members():
+            stepped = self._members()
+            self._check_ranks(stepped)
+            for member in stepped:
                 kinds.setdefault(member.kind, []).append(member)
             prepared = [(members, self._prepare(members)) for members in kinds.values()]
             if len(prepared) > 1:
@@ -223,6 +225,21 @@ class MergingAdamW(MergingState):
             mask=mask,
             method=self.METHODS[self.run["semantics"]],
         )
+
+    def _check_ranks(self, members: list[Member]) -> None:
+        """Raises RuntimeError on all ranks where they would step other parts of tensors than of
+        the same ones; asked only where the step needs the others."""
+        asked: dict[Groups, list] = {}
+        for _, param, group, _ in self._moving():
+            if (self.SELECTS or group.get("rescale")) and not group["capturable"]:
+                asked.setdefault(self._part(param).groups, [])
+        asked.pop((), None)
+        for member in members:
+            if member.part.groups in asked:
+                step = int(member.state["step"])
+                asked[member.part.groups].append((member.tensor_id, step, member.kind[1:]))
+        for groups, stepped in asked.items():
+            ops.check_alike(stepped, groups)
 
     def _check_capturable(self, members: list[Member]) -> None:
         """Raises ValueError where a step would have to ask other ranks while it is captured."""

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from zokern.checks import RESIDUAL_DTYPES, check_disjoint
 from zokern.merging import SparseTau, dense_tau
+from zokern.optim.gathered import check_weights_themselves
 from zokern.optim.merging_groups import Group, check_group, check_paper
 from zokern.optim.parameters import (
     check_names,
@@ -122,6 +123,7 @@ class MergingState(Optimizer):
             if shared["semantics"] == "paper":
                 check_paper(group)
             check_params(group, shared["precision"], type(self).__name__)
+            check_weights_themselves(named(self.param_groups[-1:]))
             check_tensor_ids(self.param_groups)
             check_disjoint(
                 ("parameter", i, local(param), True)
