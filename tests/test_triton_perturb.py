@@ -300,6 +300,8 @@ def test_what_goes_without_masks(shape, shard, start, unmasked, octets_per_row):
 def store_kernel(values, param: tl.int64, residual: tl.int64, STORAGE: tl.constexpr,
                  OCTETS: tl.constexpr):  # fmt: skip
     at = tl.program_id(0) * OCTETS * 8 + tl.arange(0, OCTETS * 8)
+    # The interpreter takes a low address for 32 bits.
+    param, residual = param.to(tl.int64), residual.to(tl.int64)
     storage.store(STORAGE, param, residual, at, None, tl.load(values + at), 1)
 
 
@@ -308,6 +310,7 @@ def load_kernel(values, param: tl.int64, residual: tl.int64, STORAGE: tl.constex
                 ALIGNED: tl.constexpr, OCTETS: tl.constexpr):  # fmt: skip
     octet = tl.program_id(0).to(tl.int64) * OCTETS
     at = octet * 8 + tl.arange(0, OCTETS * 8)
+    param, residual = param.to(tl.int64), residual.to(tl.int64)
     if ALIGNED:
         value = storage.load_aligned(STORAGE, param, residual, octet, OCTETS)
     else:
