@@ -8,6 +8,7 @@
 # make bench   every operation beside what users run instead (nine minutes), under pytest-benchmark
 # make report  the README's performance section and plot, from benchmarks/results/
 # make audit   what the GPU kernels' machine code costs, with no GPU (a few minutes)
+# make sanitize  the GPU's tests under compute-sanitizer: memcheck and racecheck (needs a GPU)
 # make wheel   a source distribution and, built from it, a wheel in dist/
 # make matrix  one wheel beside other versions of torch: make matrix PYTHONS='env-a/bin/python ...'
 # make docs    the documentation as a site, in docs/_build/html
@@ -24,7 +25,7 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test check demo compare precisions zopro align bench report audit wheel matrix docs format clean
+.PHONY: test check demo compare precisions zopro align bench report audit sanitize wheel matrix docs format clean
 
 test: check $(VENV)/test
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -58,6 +59,13 @@ report: $(VENV)/bench
 
 audit: $(VENV)/test
 	$(BIN)/python -m benchmarks.audit
+
+# Without torch's cache of memory, so that each tensor has bounds of its own.
+sanitize: $(VENV)/test
+	for tool in memcheck racecheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	        --target-processes all $(BIN)/python -m pytest -m gpu -n 0 || exit 1; \
+	done
 
 wheel: $(VENV)/dev
 	$(BIN)/python -m build
