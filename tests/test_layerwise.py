@@ -252,6 +252,20 @@ def test_an_embedding_is_made_of_the_rows_that_are_read(monkeypatch):
 
 
 @torch.no_grad()
+def test_another_law_between_steps():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    optimizer, x = make(model), torch.randn(3, 8)
+    for law in ("gauss16", "rademacher", "gauss16"):
+        for group in optimizer.param_groups:
+            group["law"] = law
+        rest = copy.deepcopy(model)
+        for move in optimizer.ask():
+            assert move.law == law
+            assert torch.equal(model(x), stands_in_place(rest, move)(x))
+        optimizer.flush()
+
+
+@torch.no_grad()
 def test_a_small_embedding_is_made_as_a_whole(monkeypatch):
     monkeypatch.undo()
     model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 1))

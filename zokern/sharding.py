@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from zokern.arguments import positions
+from zokern.arguments import positions, signed, unsigned
 from zokern.sweep import Shard
 
 if TYPE_CHECKING:
@@ -150,9 +150,8 @@ def placed(tensor: Tensor, param: Tensor) -> Tensor:
 def of_first_rank(own: int, tensor: "DTensor") -> int:
     """The 64-bit number that the first rank of a DTensor's mesh has."""
     mesh = tensor.device_mesh
-    signed = torch.tensor(own - (1 << 64) if own >> 63 else own)
-    every = gathered(signed, tuple(mesh.get_group(i) for i in range(mesh.ndim)))
-    return int(every[0]) % (1 << 64)
+    groups = tuple(mesh.get_group(i) for i in range(mesh.ndim))
+    return unsigned(int(gathered(torch.tensor(signed(own)), groups)[0]))
 
 
 def holders(groups: Iterable[Groups]) -> set[int]:
@@ -193,7 +192,8 @@ def exact_total(own: Tensor, groups: Groups) -> Tensor:
     if not groups:
         return own
     every = gathered(own, groups).flatten(1).T.tolist()
-    return torch.tensor([math.fsum(row) for row in every], dtype=own.dtype).view_as(own)
+    sums = [math.fsum(row) for row in every]
+    return torch.tensor(sums, dtype=own.dtype, device=own.device).view_as(own)
 
 
 def exact_totals(own: Tensor, groups: Sequence[Groups]) -> Tensor:

@@ -163,8 +163,7 @@ def l1_sums_of_parts(values: Values, mask: Mask, parts: Sequence[Part]) -> Tenso
     for groups, members in positions(part.groups for part in parts).items():
         if groups:
             check_alike([parts[i].numel for i in members], groups)
-            sums[members] = sharding.exact_total(sums[members], groups).to(sums.device)
-    return sums.float()
+    return sharding.exact_totals(sums, [part.groups for part in parts]).float()
 
 
 def check_alike(asked: list, groups: Groups) -> None:

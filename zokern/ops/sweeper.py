@@ -106,15 +106,17 @@ class Sweeper:
         if outs is not None and rows is None and len(sweeps) == 1:
             self._prepared = Prepared.of(sweeps[0])
 
-    def again(self, outs: list[Tensor], numbers: SweepNumbers) -> bool:
-        """The last sweep by other numbers, into outs that lie to each other as those did.
+    def again(self, outs: list[Tensor], numbers: SweepNumbers, law: str) -> bool:
+        """The last sweep again, if of this law, by other numbers and into other outs.
 
-        What it reads must lie where it lay, and the backend be the same: the caller knows.
+        What it reads must lie where it lay, the outs to each other as those did, and the backend be
+        the same: the caller knows.
 
         Returns:
             Whether it could be done so; if not, nothing has been done.
         """
-        return self._prepared is not None and self._prepared.run(outs, numbers)
+        prepared = self._prepared
+        return prepared is not None and prepared.law == law and prepared.run(outs, numbers)
 
     def __reduce__(self) -> tuple:
         return Sweeper, ()
@@ -215,12 +217,15 @@ class _Part:
 class Prepared:
     """A sweep into outs that a backend can run again without a look at its tensors."""
 
+    law: str
     run_again: Callable[[list[Tensor], SweepNumbers], None]
 
     @staticmethod
     def of(sweep: Sweep) -> "Prepared | None":
         prepare = getattr(backends.select(sweep.params[0].device), "prepare", None)
-        return Prepared(prepare(sweep)) if sweep.is_packed and prepare is not None else None
+        if prepare is None or not sweep.is_packed:
+            return None
+        return Prepared(sweep.law, prepare(sweep))
 
     def run(self, outs: list[Tensor], numbers: SweepNumbers) -> bool:
         """By one row of numbers, along noise, to nearest; or not at all."""

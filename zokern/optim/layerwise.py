@@ -381,7 +381,7 @@ class View:
         assert point is not None
         sweeper, numbers = self._sweepers.of(source), point.numbers(source.members)
         # Picked rows are other tensors each time.
-        if rows is None and sweeper.again(outs, numbers):
+        if rows is None and sweeper.again(outs, numbers, point.law):
             return
         has_slots = any(draw < 0 for draw in point.draws)
         sweeper.sweep(
