@@ -1,6 +1,6 @@
-// The search for the k-th largest magnitude. Of many: one pass over the values, which collects those
-// in the bracket that a sample tells. Else, and where that misleads: passes each of which counts how
-// many fall into each bin of a bracket and so narrows the interval that it lies in.
+// The search for the k-th largest magnitude. Of many: one pass over the values, which collects
+// those in the bracket that a sample tells. Else, and where that misleads: passes each of which
+// counts how many fall into each bin of a bracket and so narrows the interval that it lies in.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
