@@ -17,6 +17,7 @@ from torch import nn
 
 import zokern
 from tests.zo import METHODS, loss_of, make_model, same, weights
+from zokern import memory
 from zokern.optim import layers, layerwise, watched
 from zokern.optim.watched import Watched
 
@@ -302,6 +303,28 @@ def test_a_large_head_is_evaluated_in_chunks(monkeypatch, bias, precision):
         wanted = stands_in_place(rest, move)(x)
         torch.testing.assert_close(given, wanted, rtol=2**-7, atol=1e-3)
     optimizer.flush()
+
+
+class Scaled(nn.Module):
+    """With a small parameter of its own, lent while the layers inside it run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+        self.scale = nn.Parameter(torch.rand(64))
+
+    def forward(self, x):
+        return self.layers(x) * self.scale
+
+
+def test_a_step_takes_the_memory_of_its_largest_layer(monkeypatch):
+    model, x = Scaled(), torch.randn(2, 64)
+    optimizer = make(model)
+    made, real = [], memory.Buffer
+    monkeypatch.setattr(memory, "Buffer", lambda empty: made.append(empty.nbytes) or real(empty))
+    optimizer.step(lambda: model(x).square().mean())
+    # Of a layer's weight and its bias, and of the scale.
+    assert sum(made) == model.layers[0].weight.nbytes + memory.ALIGNMENT + memory.ALIGNMENT
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "gv, 2 samples"])

@@ -83,7 +83,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._free: list[Buffer] = []
-        # Of the first buffer, in bytes.
+        # Of the first buffer that is at least half as large, in bytes: of the largest borrowers.
         self.least = 0
 
     def lend(self, likes: Sequence[Tensor]) -> Buffer:
@@ -98,7 +98,8 @@ class Scratch:
         if own:
             # One that is too small would lie there unused.
             del self._free[own[-1]]
-        size, self.least = max(size, self.least), 0
+        if size >= self.least / 2:
+            size, self.least = max(size, self.least), 0
         with torch.inference_mode(False):
             empty = torch.empty(size, dtype=torch.uint8, device=device)
         return Buffer(_with_huge_pages(empty))
