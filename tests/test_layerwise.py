@@ -18,7 +18,7 @@ from torch import nn
 import zokern
 from tests.zo import METHODS, loss_of, make_model, same, weights
 from zokern import memory
-from zokern.optim import layers, layerwise, watched
+from zokern.optim import layer_view, layers, layerwise, watched
 from zokern.optim.watched import Watched
 
 STORAGES = {
@@ -271,9 +271,9 @@ def test_a_small_embedding_is_made_as_a_whole(monkeypatch):
     monkeypatch.undo()
     model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 1))
     optimizer = make(model)
-    real, read = layerwise.View._embedding, []
+    real, read = layer_view.LayerView._embedding, []
     monkeypatch.setattr(
-        layerwise.View, "_embedding", lambda *given: read.append(given) or real(*given)
+        layer_view.LayerView, "_embedding", lambda *given: read.append(given) or real(*given)
     )
     x, rest = torch.tensor([[5, 5, 49]]), copy.deepcopy(model)
     for move in optimizer.ask():
@@ -291,9 +291,9 @@ def test_a_large_head_is_evaluated_in_chunks(monkeypatch, bias, precision):
     x, rest = torch.randn(2, 3, 16).bfloat16(), copy.deepcopy(head)
     optimizer = make(head, precision=precision, stochastic_rounding=False, eps=0.1)
     largest = []
-    real = layerwise.Scratch.lend
+    real = layer_view.Scratch.lend
     monkeypatch.setattr(
-        layerwise.Scratch, "lend",
+        layer_view.Scratch, "lend",
         lambda self, likes: largest.append(max(t.numel() for t in likes)) or real(self, likes),
     )  # fmt: skip
     for move in optimizer.ask():
@@ -372,7 +372,7 @@ def test_a_closure_that_raises_leaves_nothing_behind(error, at, inside):
 class Interrupt:
     """Ctrl-C at the n-th line of the files that swap parameters."""
 
-    FILES = (layerwise.__file__, watched.__file__)
+    FILES = (layerwise.__file__, layer_view.__file__, watched.__file__)
 
     def __init__(self, line: int) -> None:
         self.left = line
@@ -622,7 +622,7 @@ class Drop:
         self.left, self.kept = line, kept
 
     def __call__(self, frame, event, _):
-        if frame.f_code.co_filename != layerwise.__file__:
+        if frame.f_code.co_filename != layer_view.__file__:
             return None
         if event == "line":
             self.left -= 1

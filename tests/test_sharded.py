@@ -367,8 +367,8 @@ def test_what_cannot_be_trained_in_parts_is_refused(tmp_path):
             "unknown": "ValueError: 0.weight is sharded by FSDP2",
             "partial": "ValueError: MeZO cannot move w: a DTensor with placements (Partial(sum),) "
             "holds partial sums",
-            "layerwise": "ValueError: layerwise=True evaluates plain tensors, and the module has "
-            "DTensors: take layerwise=False, with precision='split8' or",
+            "layerwise": "ValueError: layerwise=True evaluates plain tensors and what FSDP2 "
+            "(fully_shard) gathers, and the module has other DTensors: take layerwise=False",
             "no group": "ValueError: parameters are DTensors of the ranks [0, 1], which must all "
             "take the same steps by the same losses: process_group must be a group of all of them, "
             "such as torch.distributed.group.WORLD, not none",

@@ -22,8 +22,7 @@ class GatheredCopies:
 
     def __init__(self, module: nn.Module | None) -> None:
         self._is_given = module is not None
-        modules = () if module is None else module.modules()
-        self._sharded = [m for m in modules if _is_sharded(m)]
+        self._sharded = [] if module is None else sharded_modules(module)
         self._module = module if self._sharded else None
         self._owned: dict[int, str] = {}
         self.drop()
@@ -49,7 +48,7 @@ class GatheredCopies:
         self._owned |= {
             id(param): names[id(param)]
             for module in self._sharded
-            for param in _parameters(module)
+            for param in parameters_of(module)
             if id(param) in names
         }
 
@@ -80,7 +79,7 @@ class GatheredCopies:
             param
             for module in modules
             if module not in self._sharded
-            for param in _parameters(module)
+            for param in parameters_of(module)
             if id(param) in own
         ]
 
@@ -89,12 +88,12 @@ def check_weights_themselves(named_params: Sequence[tuple[str, Tensor]]) -> None
     """Raises ValueError, naming it, for a parameter that is a copy which FSDP2 has gathered."""
     names = {id(param): name for name, param in named_params if not is_dtensor(param)}
     for module in _all_sharded() or ():
-        held = [param for param in _parameters(module) if id(param) in names]
+        held = [param for param in parameters_of(module) if id(param) in names]
         if not held:
             continue
         # One that FSDP2 was told to ignore stays.
         module.reshard()  # type: ignore[operator]
-        left = {id(param) for param in _parameters(module)}
+        left = {id(param) for param in parameters_of(module)}
         for param in held:
             if id(param) not in left:
                 raise ValueError(COPY.format(name=names[id(param)]))
@@ -107,14 +106,19 @@ def _all_sharded() -> list[nn.Module] | None:
     return None if known is None else [module for module in list(known) if _is_sharded(module)]
 
 
+def sharded_modules(module: nn.Module) -> list[nn.Module]:
+    """Those in a module that fully_shard was called on."""
+    return [inner for inner in module.modules() if _is_sharded(inner)]
+
+
 def _is_sharded(module: nn.Module) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def _parameters(module: nn.Module) -> Iterator[Tensor]:
+def parameters_of(module: nn.Module) -> Iterator[Tensor]:
     """Those in a module that belong to no FSDP2 module inside it."""
     yield from module.parameters(recurse=False)
     for child in module.children():
         if not _is_sharded(child):
-            yield from _parameters(child)
+            yield from parameters_of(child)

@@ -1,32 +1,16 @@
-"""Evaluation without a change to the weights: each layer reads its perturbed ones from a buffer.
+"""Evaluation without a change to the weights: forward passes read perturbed copies of them.
 
-While a point is shown, a hook before each layer's forward writes θ + Σ c·z of the layer's own
-parameters into a buffer as large as the largest layer, and lets the parameters be that until the
-forward is over. Whoever else reads one (a functional call, a fused attention that reads the
-projections of other modules) is given a buffer too, for the time of that one operation, by
-:mod:`zokern.optim.watched`. What cannot be followed even there finds NaN: so nothing is missed.
-
-Two reads need no whole tensor. An embedding takes the rows that its input names; a linear map with
-a weight larger than ``CHUNK`` is evaluated in chunks of its rows.
+The copies are those of one layer at a time, in a buffer (:mod:`zokern.optim.layer_view`), or what
+FSDP2 gathers for a forward pass anyway (:mod:`zokern.optim.gathered_view`).
 """
 
-import threading
-import weakref
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from operator import itemgetter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.nn import functional
 
-from zokern import ops
-from zokern.memory import Buffer, Scratch
 from zokern.optim.aliases import check_aliases
-from zokern.optim.compiled import check_not_compiling, is_compiled
 from zokern.optim.displacement import (
     Coefficients,
     Displacement,
@@ -35,31 +19,11 @@ from zokern.optim.displacement import (
     Step,
     never,
 )
+from zokern.optim.gathered import sharded_modules
+from zokern.optim.gathered_view import GatheredView, check_gathered
 from zokern.optim.interrupts import uninterrupted
-from zokern.optim.layers import Layer, is_chunked, layers
-from zokern.optim.watched import Watched, check_unwatched, unwatch, watch
-
-
-class Point:
-    """Where the weights seem to be: what :meth:`Displacement.from_rest` says of a target."""
-
-    def __init__(self, draws: tuple[int, ...], coeffs: Sequence, seed: int, law: str) -> None:
-        self.draws, self.law = draws, law
-        self._coeffs, self._seed = coeffs, seed
-        # Of members that have one row for all.
-        self._shared: ops.SweepNumbers | None = None
-        if not isinstance(coeffs[0], tuple):
-            self._shared = self._numbers(coeffs, 1)
-
-    def numbers(self, members: list[int]) -> ops.SweepNumbers:
-        """Of a sweep of these."""
-        if self._shared is not None:
-            return self._shared
-        return self._numbers([self._coeffs[i] for i in members], len(members))
-
-    def _numbers(self, coeffs: Sequence, count: int) -> ops.SweepNumbers:
-        slots = sum(draw < 0 for draw in self.draws)
-        return ops.read_numbers(count, slots, self.draws, coeffs, seed=self._seed)
+from zokern.optim.layer_view import LayerView, Sweepers
+from zokern.optim.point import Point
 
 
 class LayerwiseDisplacement(Displacement):
@@ -68,7 +32,8 @@ class LayerwiseDisplacement(Displacement):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self._view: View | None = None
+        self._is_gathered = bool(sharded_modules(module))
+        self._view: LayerView | GatheredView | None = None
         self._sweepers = Sweepers()
 
     @property
@@ -99,7 +64,10 @@ class LayerwiseDisplacement(Displacement):
                     f"layerwise=True hooks layers, and {name or 'the module'} is scripted, which "
                     "has no hooks: take layerwise=False"
                 )
-        check_aliases(self.module, [param for _, param in named_params if param.requires_grad])
+        if self._is_gathered:
+            check_gathered(self.module, named_params)
+        else:
+            check_aliases(self.module, [param for _, param in named_params if param.requires_grad])
 
     def move(
         self,
@@ -119,12 +87,17 @@ class LayerwiseDisplacement(Displacement):
             if not wanted:
                 return
             if self._view is None:
-                self._view = View(self.module, self.members, self._sweepers)
+                self._view = self._open()
                 self._view.close_with(self)
             self.coefficients, self._noise = wanted, (seed, law)
             made = self.from_rest(wanted)
             assert made is not None
             self._view.show(Point(*made[:2], seed, law))
+
+    def _open(self) -> LayerView | GatheredView:
+        if self._is_gathered:
+            return GatheredView(self.module, self.members)
+        return LayerView(self.module, self.members, self._sweepers)
 
     def settle(self) -> None:
         if self._view is not None:
@@ -142,375 +115,3 @@ class LayerwiseDisplacement(Displacement):
     def __getstate__(self) -> dict[str, Any]:
         # A copy shows nothing.
         return self.__dict__ | {"_view": None, "coefficients": {}}
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """What is perturbed together: members, or a part of one."""
-
-    key: Hashable
-    members: list[int]
-    params: list[Tensor]
-    residuals: list[Tensor | None]
-    dense: list[tuple[Tensor, ...]]
-    tensor_ids: list[int]
-    shards: list[tuple[int, int, int]] | None = None
-
-
-@dataclass
-class Lent:
-    """What a running forward was lent."""
-
-    layer: Layer
-    # Of each member the address of what it was lent.
-    addresses: dict[int, int]
-    buffer: Buffer | None = None
-
-
-class Sweepers:
-    """Those of a module's sources, kept as long as its parameters lie where they lay."""
-
-    def __init__(self) -> None:
-        self._forms: list = []
-        self._of_source: dict[Hashable, ops.Sweeper] = {}
-
-    def begin(self, members: list[Member], params: list[Tensor]) -> None:
-        """A view of these members, as which their own parameters are stored."""
-        residuals = [member.residual for member in members]
-        dense = [vector for member in members for vector in member.dense]
-        forms = [member.tensor_id for member in members]
-        forms += ops.forms_of([*params, *residuals, *dense])
-        if forms != self._forms:
-            self._forms, self._of_source = forms, {}
-
-    def of(self, source: Source) -> ops.Sweeper:
-        return self._of_source.setdefault(source.key, ops.Sweeper())
-
-    def __reduce__(self) -> tuple:
-        return Sweepers, ()
-
-
-class Hook:
-    """Runs before or after a layer's forward; a copy of the module has none."""
-
-    def __init__(self, run: Callable[["Layer"], None] | None, layer: "Layer | None") -> None:
-        self._run, self._layer = run, layer
-
-    def __call__(self, *_: object) -> None:
-        if self._run is not None and self._layer is not None:
-            self._run(self._layer)
-
-    def __reduce__(self) -> tuple:
-        return Hook, (None, None)
-
-
-class View:
-    """What a module's readers see of its parameters until it is closed."""
-
-    def __init__(self, module: nn.Module, members: list[Member], sweepers: Sweepers) -> None:
-        for member in members:
-            check_unwatched(member.param)
-        self._module = module
-        self._members = members
-        self._index = {id(member.param): i for i, member in enumerate(members)}
-        check_aliases(module, [member.param for member in members])
-        self._stored = [member.param.data for member in members]
-        self._sweepers = sweepers
-        self._sweepers.begin(members, self._stored)
-        # What the parameters hold instead: who reads it behind torch's back is not to miss it.
-        self._hidden = _nan_like(self._stored)
-        self._scratch = Scratch()
-        self._sources: dict[Hashable, Source] = {}
-        self._running: list[Lent] = []
-        self._undo: list[Callable[[], object]] = []
-        self._point: Point | None = None
-        self._thread = threading.get_ident()
-        self._owner: weakref.finalize | None = None
-        self._is_closed = False
-        with uninterrupted():
-            try:
-                found, self._most = layers(module, self._index)
-                self._scratch.least = self._most
-                for layer in found:
-                    self._hook(layer)
-                for member, hidden in zip(members, self._hidden, strict=True):
-                    member.param.data = hidden
-                    watch(member.param, self)
-            except BaseException:
-                self.close()
-                raise
-
-    def show(self, point: Point) -> None:
-        """From now on the parameters seem to be there."""
-        self.end_all()
-        self._point = point
-        # A cast that autocast has kept would show the weights of before.
-        torch.clear_autocast_cache()
-
-    def end_all(self) -> None:
-        """What a closure has caught may have ended a forward without its hook."""
-        with uninterrupted():
-            while self._running:
-                self._end(self._running.pop())
-
-    def close_with(self, owner: object) -> None:
-        """Also when the owner is dropped, in the middle of a forward too."""
-        self._owner = weakref.finalize(owner, self.close)
-        self._owner.atexit = False
-
-    @uninterrupted()
-    def close(self) -> None:
-        """The parameters are what they were; nothing is left of the view."""
-        self._is_closed = True
-        if self._owner is not None:
-            self._owner.detach()
-        for undo in self._undo:
-            undo()
-        for member, stored in zip(self._members, self._stored, strict=True):
-            unwatch(member.param)
-            member.param.data = stored
-        torch.clear_autocast_cache()
-
-    def _hook(self, layer: Layer) -> None:
-        module = layer.module
-        compiled = getattr(module, "_compiled_call_impl", None)
-        if compiled is None:
-            before = module.register_forward_pre_hook(Hook(self._begin, layer), prepend=True)
-            self._undo.append(before.remove)
-            after = module.register_forward_hook(Hook(self._finish, layer), always_call=True)
-            self._undo.append(after.remove)
-            return
-
-        # A compiled call would trace hooks of its module.
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self._begin(layer)
-            try:
-                return compiled(*args, **kwargs)
-            finally:
-                self._finish(layer)
-
-        self._undo.append(lambda: setattr(module, "_compiled_call_impl", compiled))
-        module._compiled_call_impl = call
-
-    def _begin(self, layer: Layer) -> None:
-        """Of a forward: what it reads is written to a buffer."""
-        check_not_compiling()
-        self._check_thread()
-        params = [(i, self._members[i].param) for i in layer.members]
-        members = [i for i, param in params if isinstance(param, Watched)]
-        lent = Lent(layer, {})
-        self._running.append(lent)
-        if not members or (_keeps_what_it_reads() and not is_compiled(layer.module)):
-            # In the latter case each operation is given a buffer of its own.
-            return
-        lent.buffer, tensors = self._perturbed(self._source(members), keep=True)
-        for i, tensor in zip(members, tensors, strict=True):
-            lent.addresses[i] = tensor.data_ptr()
-            unwatch(self._members[i].param)
-            self._members[i].param.data = tensor
-        self._close_again()
-
-    def _finish(self, layer: Layer) -> None:
-        """Of a forward; of those inside it too, where an interrupt has ended them."""
-        if not any(lent.layer is layer for lent in self._running):
-            return
-        written: list[int] = []
-        while True:
-            lent = self._running.pop()
-            written += self._end(lent)
-            if lent.layer is layer:
-                break
-        self._close_again()
-        if written and not self._is_closed:
-            raise RuntimeError(
-                f"{self.name_of(self._members[written[0]].param)} was written to while it was "
-                "evaluated: the closure must leave the weights alone"
-            )
-
-    def _end(self, lent: Lent) -> list[int]:
-        """Put the members back; those that somebody has given other data."""
-        written = []
-        for i, address in lent.addresses.items():
-            param = self._members[i].param
-            if not isinstance(param, Watched):
-                if param.data_ptr() != address:
-                    written.append(i)
-                param.data = self._hidden[i]
-                watch(param, self)
-        if lent.buffer is not None:
-            self._scratch.take_back(lent.buffer)
-        return written
-
-    def _close_again(self) -> None:
-        """Where the owner was dropped in the middle of what swaps parameters."""
-        if self._is_closed:
-            self.close()
-
-    def _check_thread(self) -> None:
-        if threading.get_ident() != self._thread:
-            raise RuntimeError(
-                "layerwise evaluation swaps parameters in and out, for one thread: evaluate on the "
-                "thread that called step or ask, or take layerwise=False"
-            )
-
-    def _source(self, members: list[int]) -> Source:
-        key = tuple(members)
-        if key not in self._sources:
-            self._sources[key] = Source(
-                key,
-                members,
-                [self._stored[i] for i in members],
-                [self._members[i].residual for i in members],
-                [self._members[i].dense for i in members],
-                [self._members[i].tensor_id for i in members],
-            )
-        return self._sources[key]
-
-    def _perturbed(self, source: Source, *, keep: bool) -> tuple[Buffer, list[Tensor]]:
-        """The source's perturbed values, and the buffer that they lie in.
-
-        With ``keep`` the tensors are used again: nobody but the caller may get hold of them.
-        """
-        buffer = self._scratch.lend(source.params)
-        tensors = buffer.cut(source.params, source.key if keep else None)
-        self._sweep(source, tensors)
-        return buffer, tensors
-
-    def _sweep(self, source: Source, outs: list[Tensor], rows: list[Tensor] | None = None) -> None:
-        point = self._point
-        assert point is not None
-        sweeper, numbers = self._sweepers.of(source), point.numbers(source.members)
-        # Picked rows are other tensors each time.
-        if rows is None and sweeper.again(outs, numbers, point.law):
-            return
-        has_slots = any(draw < 0 for draw in point.draws)
-        sweeper.sweep(
-            source.params,
-            numbers,
-            law=point.law,
-            tensor_ids=source.tensor_ids,
-            shards=source.shards,
-            rows=rows,
-            residuals=source.residuals,
-            dense=list(zip(*source.dense, strict=True)) if has_slots else (),
-            outs=outs,
-        )
-
-    def name_of(self, param: Tensor) -> str:
-        names = {id(own): name for name, own in self._module.named_parameters()}
-        return names.get(id(param), "a parameter that its module had")
-
-    def at_rest(self, param: Tensor) -> Tensor:
-        return self._stored[self._index[id(param)]]
-
-    def lend(self, param: Tensor) -> tuple[Tensor, Buffer]:
-        self._check_thread()
-        i = self._index[id(param)]
-        with _outside_functorch():
-            buffer, (tensor,) = self._perturbed(self._source([i]), keep=False)
-        return tensor, buffer
-
-    def take_back(self, buffer: Buffer) -> None:
-        with _outside_functorch():
-            self._scratch.take_back(buffer)
-
-    def instead(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        if func is functional.embedding:
-            return self._embedding(*args, **kwargs)
-        if func is functional.linear:
-            return self._linear(*args, **kwargs)
-        return NotImplemented
-
-    def _embedding(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        padding_idx: int | None = None,
-        max_norm: float | None = None,
-        *_: object,
-        **__: object,
-    ) -> Any:
-        """Of the rows that the input names."""
-        i = self._index.get(id(weight))
-        if i is None or max_norm is not None or isinstance(input, Watched):
-            return NotImplemented
-        if _in_functorch():
-            return NotImplemented
-        numbers, places = torch.unique(input.long(), return_inverse=True)
-        width = weight.shape[1]
-        source = self._part(i, lambda t: t.index_select(0, numbers), (0, width, width))
-        out = torch.empty_like(source.params[0])
-        self._sweep(source, [out], rows=[numbers])
-        return functional.embedding(places, out)
-
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        """In chunks of rows of the weight."""
-        i = self._index.get(id(weight))
-        if i is None or not is_chunked(self._stored[i]) or isinstance(input, Watched):
-            return NotImplemented
-        if input.is_nested or (isinstance(bias, Watched) and id(bias) not in self._index):
-            return NotImplemented
-        count, width = weight.shape
-        if isinstance(bias, Watched):
-            bias, _ = self.lend(bias)
-        step = max(1, self._most // (width * weight.element_size()))
-        result = None
-        # A graph for gradients would keep them.
-        keep = not _keeps_what_it_reads()
-        for begin in range(0, count, step):
-            part = slice(begin, begin + step)
-            source = self._rows_of(i, part)
-            buffer, outs = self._perturbed(source, keep=keep)
-            own = functional.linear(input, outs[0], None if bias is None else bias[part])
-            if result is None:
-                result = own.new_empty(*own.shape[:-1], count)
-            result[..., part] = own
-            del outs
-            self._scratch.take_back(buffer)
-        return result
-
-    def _rows_of(self, i: int, rows: slice) -> Source:
-        """A member's rows, one after another."""
-        key = i, rows.start
-        if key not in self._sources:
-            param = self._stored[i][rows]
-            shard = (rows.start * param[0].numel(), param.numel(), param.numel())
-            self._sources[key] = self._part(i, itemgetter(rows), shard)
-        return self._sources[key]
-
-    def _part(
-        self, i: int, part: Callable[[Tensor], Tensor], shard: tuple[int, int, int]
-    ) -> Source:
-        member = self._members[i]
-        residual = None if member.residual is None else part(member.residual)
-        dense = tuple(map(part, member.dense))
-        param, key = part(self._stored[i]), (i, shard)
-        return Source(key, [i], [param], [residual], [dense], [member.tensor_id], [shard])
-
-
-def _keeps_what_it_reads() -> bool:
-    """Whether what is read now may be wanted again after the layer's forward, or is wrapped.
-
-    A graph for gradients, with respect to inputs, remembers the parameter itself.
-    """
-    return torch.is_grad_enabled() or _in_functorch()
-
-
-@torch.inference_mode(False)
-def _nan_like(tensors: list[Tensor]) -> list[Tensor]:
-    """Of the same shapes, in the memory of one element; those of one shape are the same."""
-    kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-    made = {
-        (shape, dtype, device): torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
-        for shape, dtype, device in set(kinds)
-    }
-    return [made[kind] for kind in kinds]
-
-
-def _in_functorch() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _outside_functorch() -> AbstractContextManager:
-    """What is made inside belongs to no transformation that is under way."""
-    return temporarily_clear_interpreter_stack() if _in_functorch() else nullcontext()

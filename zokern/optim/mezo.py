@@ -43,7 +43,8 @@ class MeZO(ZOOptimizer):
             ``fuse_next`` is not), else ``split``. The logger ``zokern`` says what it is.
         layerwise: evaluate without a change to the weights: each layer of ``module`` reads its
             perturbed parameters from a buffer as large as the largest layer. The weights come back
-            bit for bit at no byte per parameter; see docs/layerwise.md. None: as ``auto`` says.
+            bit for bit at no byte per parameter; see docs/layerwise.md. Under FSDP2 what a module
+            gathers is displaced instead. None: as ``auto`` says, and not for DTensors.
         stochastic_rounding: round what is stored up or down at random, so that it is right on
             average: for ``inplace`` and ``split8`` in half precision. None: with ``split8``, and
             with ``layerwise`` where the parameter is all there is.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zokern.optim.gathered import sharded_modules
 from zokern.sharding import any_dtensor
 
 PRECISIONS = ("auto", "inplace", "split8", "split", "master")
@@ -73,10 +74,11 @@ def choose(
         layerwise = precision == "auto" and bool(halves) and not fuse_next and not sharded
     if layerwise and module is None:
         raise ValueError("layerwise=True needs module=, whose layers it evaluates one by one")
-    if layerwise and sharded:
+    if layerwise and sharded and module is not None and not sharded_modules(module):
         raise ValueError(
-            "layerwise=True evaluates plain tensors, and the module has DTensors: take "
-            "layerwise=False, with precision='split8' or 'split' for half precision"
+            "layerwise=True evaluates plain tensors and what FSDP2 (fully_shard) gathers, and the "
+            "module has other DTensors: take layerwise=False, with precision='split8' or 'split' "
+            "for half precision"
         )
     if layerwise and fuse_next:
         raise ValueError("layerwise=True leaves the weights at rest: fuse_next has nothing to fuse")
