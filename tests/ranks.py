@@ -1,4 +1,4 @@
-"""Runs a function in several processes that are the ranks of a gloo group."""
+"""Runs a function in several processes that are the ranks of a group: gloo's, or NCCL's on GPUs."""
 
 import multiprocessing
 import pickle
@@ -10,8 +10,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+
+# What the tests of this mark run on: a GPU for each rank, where there are so many.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 # In seconds.
 TIMEOUT = 60
@@ -27,26 +31,40 @@ context.set_forkserver_preload(
 )
 
 
-def run(function: Callable, size: int, folder: Path, *arguments: Any) -> list[Any]:
-    """What ``function(*arguments)`` returns on each rank.
+_device = torch.device("cpu")
+
+
+def device() -> torch.device:
+    """That of this rank; the processor's outside of :func:`run`."""
+    return _device
+
+
+def run(
+    function: Callable, size: int, folder: Path, *arguments: Any, kind: str = "cpu"
+) -> list[Any]:
+    """What ``function(*arguments)`` returns on each rank, each on a device of this kind.
 
     Raises:
         AssertionError: with the traceback of the first rank that raises, or where one is killed or
             does not end in time.
     """
-    answers = start(function, size, folder, *arguments)
+    if kind == "cuda" and torch.cuda.device_count() < size:
+        pytest.skip(f"{size} ranks need as many GPUs, and there are {torch.cuda.device_count()}")
+    answers = start(function, size, folder, *arguments, kind=kind)
     failed = [answer for kind, answer in answers if kind != "returned"]
     assert not failed, failed[0]
     return [answer for _, answer in answers]
 
 
-def start(function: Callable, size: int, folder: Path, *arguments: Any) -> list[tuple[str, Any]]:
+def start(
+    function: Callable, size: int, folder: Path, *arguments: Any, kind: str = "cpu"
+) -> list[tuple[str, Any]]:
     """For each rank "returned" and what, "raised" and the traceback, or "died" and its status."""
     # Another group must not find the file of one before.
     file = folder / f"group-{time.monotonic_ns()}"
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
     processes = [
-        context.Process(target=_main, args=(function, rank, size, file, writer, arguments))
+        context.Process(target=_main, args=(function, rank, size, file, writer, arguments, kind))
         for rank, (_, writer) in enumerate(pipes)
     ]
     try:
@@ -78,11 +96,21 @@ def _collect(readers: list[Connection], processes: list) -> list[tuple[str, Any]
 
 
 def _main(
-    function: Callable, rank: int, size: int, file: Path, writer: Connection, arguments: tuple
+    function: Callable,
+    rank: int,
+    size: int,
+    file: Path,
+    writer: Connection,
+    arguments: tuple,
+    kind: str,
 ) -> None:
+    global _device
     torch.set_num_threads(1)
+    if kind == "cuda":
+        _device = torch.device(kind, rank)
+        torch.cuda.set_device(_device)
     dist.init_process_group(
-        "gloo",
+        "nccl" if kind == "cuda" else "gloo",
         init_method=f"file://{file}",
         rank=rank,
         world_size=size,

@@ -40,7 +40,8 @@ ROWS, COLUMNS = (Shard(0),), (Shard(1),)
 
 def mesh_of(placements: tuple) -> Any:
     size = dist.get_world_size()
-    return init_device_mesh("cpu", (size,) if len(placements) == 1 else (2, size // 2))
+    shape = (size,) if len(placements) == 1 else (2, size // 2)
+    return init_device_mesh(ranks.device().type, shape)
 
 
 def shard(model: nn.Module, mesh: Any, placements: tuple) -> nn.Module:
@@ -67,6 +68,7 @@ def make(case: Case, **arguments: Any) -> tuple[nn.Module, zokern.ZOOptimizer]:
     # Before, as they are made like the weights.
     vectors = zo.vectors(model) if method.startswith("zopro") else {}
     if placements:
+        model.to(ranks.device())
         shard(model, mesh_of(placements), placements)
         own["process_group"] = dist.group.WORLD
     return model, zo.METHODS[method].make(model, eps=0.01, **{**vectors, **own, **arguments})
@@ -94,7 +96,7 @@ def train(model: nn.Module, opt: zokern.ZOOptimizer, steps: int = STEPS) -> list
     for param in model.parameters():
         for tensor in (param.detach(), *opt.state[param].values()):
             assert isinstance(tensor, DTensor) == isinstance(param, DTensor)
-            found.append(whole(tensor).clone())
+            found.append(whole(tensor).to("cpu", copy=True))
     return found
 
 
@@ -131,9 +133,10 @@ CASES: dict[int, list[Case]] = {
 }
 
 
+@pytest.mark.parametrize("kind", ranks.DEVICES)
 @pytest.mark.parametrize("size", CASES)
-def test_shards_are_trained_as_one_process_trains_the_whole(size, tmp_path):
-    of_ranks = ranks.run(trained, size, tmp_path, CASES[size])
+def test_shards_are_trained_as_one_process_trains_the_whole(size, kind, tmp_path):
+    of_ranks = ranks.run(trained, size, tmp_path, CASES[size], kind=kind)
     for i, (method, storage, placements) in enumerate(CASES[size]):
         model, opt = make((method, storage, ()))
         start, expected = zo.weights(model), train(model, opt)

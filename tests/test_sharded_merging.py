@@ -111,7 +111,7 @@ def make(case: Case, net: Net, **others: Any) -> MergingAdamW:
 def train(net: Net, opt: MergingAdamW, first: int = 0, last: int = STEPS) -> None:
     for step in range(first, last):
         for name, param in net.named_parameters():
-            full = gradient(name, step, param.dtype)
+            full = gradient(name, step, param.dtype).to(param.device)
             param.grad = sharding.like(param, sharding.part_of(full, param).clone())
         opt.step()
 
@@ -146,7 +146,7 @@ def check_same(found: dict[str, Tensor], wanted: dict[str, Tensor], what: object
 
 def placing(layout: Layout) -> Callable[[Tensor], Tensor]:
     mesh_shape, dims = layout
-    mesh = init_device_mesh("cpu", mesh_shape)
+    mesh = init_device_mesh(ranks.device().type, mesh_shape)
 
     def place(tensor: Tensor) -> Tensor:
         most = tensor.dim() - 1
@@ -154,6 +154,7 @@ def placing(layout: Layout) -> Callable[[Tensor], Tensor]:
             Shard(min(dim, most)) if isinstance(dim, int) and most >= 0 else Replicate()
             for dim in dims
         ]
+        tensor = tensor.to(ranks.device())
         return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
 
     return place
@@ -167,13 +168,14 @@ def on_parts(cases: list[tuple[Layout, list[str]]]) -> list[dict[str, Tensor]]:
             net = Net(CASES[name][1], place)
             opt = make(CASES[name], net)
             train(net, opt)
-            found.append(everything(net, opt))
+            found.append({key: value.cpu() for key, value in everything(net, opt).items()})
     return found
 
 
+@pytest.mark.parametrize("kind", ranks.DEVICES)
 @pytest.mark.parametrize("size", LAYOUTS)
-def test_steps_on_parts_are_those_of_one_process(size, tmp_path):
-    of_ranks = ranks.run(on_parts, size, tmp_path, LAYOUTS[size])
+def test_steps_on_parts_are_those_of_one_process(size, kind, tmp_path):
+    of_ranks = ranks.run(on_parts, size, tmp_path, LAYOUTS[size], kind=kind)
     cases = [(layout, name) for layout, names in LAYOUTS[size] for name in names]
     for i, (layout, name) in enumerate(cases):
         wanted = of_one_process(CASES[name])
