@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import zokern
 from tests import ranks, zo
-from zokern.optim import watched
+from zokern.optim import fsdp_copies, watched
 
 STEPS = 3
 STORAGES: dict[str, dict[str, Any]] = {
@@ -143,9 +143,15 @@ def error_of(call: Callable[[], object]) -> str:
     return ""
 
 
+def groups_of(module: nn.Module) -> list[Any]:
+    return fsdp_copies.param_groups(module) if isinstance(module, FSDPModule) else []
+
+
 def is_clean(model: nn.Module) -> bool:
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     plain = all(not isinstance(param, watched.Watched) for param in model.parameters())
+    groups = [group for module in model.modules() for group in groups_of(module)]
+    plain = plain and not any("wait_for_unshard" in vars(group) for group in groups)
     return plain and not watched._readers and max(hooks) == 1
 
 
@@ -159,10 +165,14 @@ def visited() -> dict[str, Any]:
     with torch.no_grad():
         for move in opt.ask():
             assert closure() != at_rest, move
-            assert "evaluate under torch.no_grad()" in error_of(torch.enable_grad()(closure))
             drop(model)
-            found["stray"] = error_of(lambda: sum(p.sum() for p in model.blocks[0].parameters()))
+            found["stray"] = [
+                error_of(lambda: sum(p.sum() for p in model.blocks[0].parameters())),
+                error_of(model.blocks[0].weight.full_tensor),
+                error_of(model.blocks[0].weight.to_local),
+            ]
             found["untouched"] = zo.same([p._local_tensor for p in model.parameters()], rest)
+            found["with gradients"] = error_of(torch.enable_grad()(closure))
             break
     opt.flush()
     found["clean"] = is_clean(model)
@@ -180,7 +190,9 @@ def visited() -> dict[str, Any]:
 
 def test_stored_weights_are_left_alone(tmp_path):
     for found in ranks.run(visited, 2, tmp_path):
-        assert found["stray"].startswith("RuntimeError: blocks.0.weight is read while FSDP2")
+        for stray in found["stray"]:
+            assert stray.startswith("RuntimeError: blocks.0.weight is read while FSDP2 has it")
+        assert "evaluate under torch.no_grad()" in found["with gradients"]
         assert found["untouched"]
         assert found["clean"]
         assert "ValueError: no data" in found["raised"]
@@ -196,18 +208,15 @@ def refused() -> dict[str, str]:
             params, lr=0.1, module=model, layerwise=True, process_group=group, precision="inplace"
         )
 
-    ignored, parts, registered = (Net(torch.float32) for _ in range(3))
+    ignored, parts = Net(torch.float32), Net(torch.float32)
     mesh = init_device_mesh("cpu", (2,))
     fully_shard(ignored, mesh=mesh, ignored_params={ignored.scale})
     fully_shard(parts.blocks[0], mesh=mesh)
-    register_fsdp_forward_method(shard(registered), "features")
     cast = shard(Net(torch.float32), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    x = zo.X
     return {
         "ignored": error_of(lambda: build(ignored)),
         "parts": error_of(lambda: build(parts)),
-        "registered": error_of(lambda: build(registered)),
-        "cast": error_of(lambda: build(cast).step(lambda: float(cast(x).float().sum()))),
+        "cast": error_of(lambda: build(cast)),
     }
 
 
@@ -215,8 +224,87 @@ def test_what_cannot_be_evaluated_so_is_refused(tmp_path):
     for found in ranks.run(refused, 2, tmp_path):
         assert "evaluates what that gathers, and scale it does not" in found["ignored"]
         assert "evaluates what that gathers, and scale it does not" in found["parts"]
-        assert "features of FSDPNet was registered as another one" in found["registered"]
-        assert "gathered as torch.bfloat16, in which perturbations would be" in found["cast"]
+        assert "scale is stored as torch.float32 and gathered as torch.bfloat16" in found["cast"]
+
+
+def registered(model: nn.Module, x: Tensor) -> Tensor:
+    """A method that gathers as forward does."""
+    return model.features(x)
+
+
+def unsharded(model: nn.Module, x: Tensor) -> Tensor:
+    """Gathered by hand, for a part of the module."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    return model.head(x)
+
+
+def again(model: nn.Module, x: Tensor) -> Tensor:
+    """Dropped and gathered within an evaluation."""
+    y = model(x)
+    if isinstance(model, FSDPModule):
+        model.blocks[0].reshard()
+        model.blocks[0].unshard()
+    return y.sum() + model.blocks[0](x)
+
+
+def of_a_group(model: nn.Module, x: Tensor) -> Tensor:
+    """Weights that are gathered with those of another module."""
+    return nn.functional.linear(model.blocks[2](x), model.blocks[1].weight)
+
+
+def ahead(model: nn.Module, x: Tensor) -> Tensor:
+    """Gathered before another module's forward, and not used."""
+    if isinstance(model, FSDPModule):
+        model.blocks[0].set_modules_to_forward_prefetch([model.blocks[1]])
+    return model(x)
+
+
+def hooked(model: nn.Module, x: Tensor) -> Tensor:
+    """A hook that reads weights before the forward."""
+    read: list[float] = []
+    handle = model.register_forward_pre_hook(lambda m, _: read.append(float(m.scale.sum())))
+    y = model(x)
+    handle.remove()
+    return y + read[0]
+
+
+READS = (registered, unsharded, again, of_a_group, ahead, hooked)
+
+
+def losses_of(model: nn.Module, read: Callable, **arguments: Any) -> list[float]:
+    opt = zokern.MeZO(
+        model.named_parameters(),
+        **{"lr": 0.01, "eps": 0.1, "seed": 3, "module": model, "layerwise": True, **arguments},
+    )
+    if isinstance(model, FSDPModule):
+        register_fsdp_forward_method(model, "features")
+    found = []
+    for _ in range(STEPS):
+        opt.step(lambda: float(read(model, zo.X).sum()))
+        found += opt.last.losses
+        with torch.no_grad():
+            found.append(float(read(model, zo.X).sum()))
+    return found
+
+
+def read_otherwise() -> list[list[float]]:
+    group = dist.group.WORLD
+    models = [shard(Net(torch.float32)) for _ in READS]
+    with torch.no_grad():
+        for model in models:
+            model(zo.X)
+            drop(model)
+    found = zip(models, READS, strict=True)
+    return [losses_of(model, read, process_group=group) for model, read in found]
+
+
+def test_whatever_gathers_is_given_perturbed_weights(tmp_path):
+    of_ranks = ranks.run(read_otherwise, 2, tmp_path)
+    for i, read in enumerate(READS):
+        expected = losses_of(Net(torch.float32), read)
+        for found in of_ranks:
+            assert found[i] == expected, read.__name__
 
 
 def over_tensor_parallelism() -> tuple[list[float], list[Tensor]]:

@@ -14,7 +14,7 @@ from zokern.distributed import Ranks
 from zokern.optim import agreement
 from zokern.optim.compiled import untraced
 from zokern.optim.displacement import Coefficients, Displacement, Member
-from zokern.optim.gathered import GatheredCopies
+from zokern.optim.fsdp_copies import GatheredCopies
 from zokern.optim.interrupts import Postponed, uninterrupted
 from zokern.optim.layerwise import LayerwiseDisplacement
 from zokern.optim.losses import EqualLosses, Loss, as_float

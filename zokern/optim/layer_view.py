@@ -28,7 +28,6 @@ from zokern.memory import Buffer, Scratch
 from zokern.optim.aliases import check_aliases
 from zokern.optim.compiled import check_not_compiling, is_compiled
 from zokern.optim.displacement import Member
-from zokern.optim.hooks import Hook
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.layers import Layer, is_chunked, layers
 from zokern.optim.point import Point
@@ -79,6 +78,20 @@ class Sweepers:
 
     def __reduce__(self) -> tuple:
         return Sweepers, ()
+
+
+class Hook:
+    """Runs before or after a layer's forward; a copy of the module has none."""
+
+    def __init__(self, run: Callable[["Layer"], None] | None, layer: "Layer | None") -> None:
+        self._run, self._layer = run, layer
+
+    def __call__(self, *_: object) -> None:
+        if self._run is not None and self._layer is not None:
+            self._run(self._layer)
+
+    def __reduce__(self) -> tuple:
+        return Hook, (None, None)
 
 
 class LayerView:

@@ -1,7 +1,7 @@
 """Evaluation without a change to the weights: forward passes read perturbed copies of them.
 
 The copies are those of one layer at a time, in a buffer (:mod:`zokern.optim.layer_view`), or what
-FSDP2 gathers for a forward pass anyway (:mod:`zokern.optim.gathered_view`).
+FSDP2 gathers for a forward pass anyway (:mod:`zokern.optim.fsdp_view`).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ from zokern.optim.displacement import (
     Step,
     never,
 )
-from zokern.optim.gathered import sharded_modules
-from zokern.optim.gathered_view import GatheredView, check_gathered
+from zokern.optim.fsdp_copies import sharded_modules
+from zokern.optim.fsdp_view import FsdpView, check_gathered
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.layer_view import LayerView, Sweepers
 from zokern.optim.point import Point
@@ -33,7 +33,7 @@ class LayerwiseDisplacement(Displacement):
         super().__init__()
         self.module = module
         self._is_gathered = bool(sharded_modules(module))
-        self._view: LayerView | GatheredView | None = None
+        self._view: LayerView | FsdpView | None = None
         self._sweepers = Sweepers()
 
     @property
@@ -94,9 +94,9 @@ class LayerwiseDisplacement(Displacement):
             assert made is not None
             self._view.show(Point(*made[:2], seed, law))
 
-    def _open(self) -> LayerView | GatheredView:
+    def _open(self) -> LayerView | FsdpView:
         if self._is_gathered:
-            return GatheredView(self.module, self.members)
+            return FsdpView(self.module, self.members)
         return LayerView(self.module, self.members, self._sweepers)
 
     def settle(self) -> None:

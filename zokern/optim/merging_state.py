@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from zokern.checks import RESIDUAL_DTYPES, check_disjoint
 from zokern.merging import SparseTau, dense_tau
-from zokern.optim.gathered import check_weights_themselves
+from zokern.optim.fsdp_copies import check_weights_themselves
 from zokern.optim.merging_groups import Group, check_group, check_paper
 from zokern.optim.parameters import (
     check_names,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zokern.optim.gathered import sharded_modules
+from zokern.optim.fsdp_copies import sharded_modules
 from zokern.sharding import any_dtensor
 
 PRECISIONS = ("auto", "inplace", "split8", "split", "master")

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from zokern.distributed import Ranks
 from zokern.optim.displacement import Coefficients, Displacement, Expansion, Member, Step
-from zokern.optim.gathered import GatheredCopies
+from zokern.optim.fsdp_copies import GatheredCopies
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.losses import EqualLosses
 from zokern.optim.parameters import (

@@ -27,6 +27,8 @@ LAYOUT = frozenset({"stride", "storage_offset", "is_contiguous", "is_shared", "i
 READING_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 # Whoever gets an address reads the memory behind torch's back.
 ADDRESSES = frozenset({"data_ptr", "untyped_storage", "storage", "_typed_storage"})
+# Methods of DTensors, which call no function of torch.
+OF_PARTS = ("to_local", "full_tensor", "redistribute")
 
 
 class Reader(Protocol):
@@ -130,6 +132,16 @@ def _name(param: Tensor) -> str:
     return _readers[id(param)].name_of(param)
 
 
+def _reading(name: str) -> Callable:
+    """The method of that name of a watched class."""
+
+    def read(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        tensor, _ = _readers[id(self)].lend(self)
+        return getattr(tensor, name)(*args, **kwargs)
+
+    return read
+
+
 _classes: dict[type, type] = {}
 
 
@@ -145,7 +157,9 @@ def watch(param: Tensor, reader: Reader) -> None:
     """Let the reader decide, from now on, what the parameter's readers see."""
     own = type(param)
     if own not in _classes:
-        _classes[own] = type(own.__name__, (Watched, own), {"__module__": own.__module__})
+        methods = {name: _reading(name) for name in OF_PARTS if hasattr(own, name)}
+        body = {"__module__": own.__module__, **methods}
+        _classes[own] = type(own.__name__, (Watched, own), body)
     _readers[id(param)] = reader
     param.__class__ = _classes[own]
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ class GatheredCopies:
     def drop(self) -> None:
         """Let the next forward pass gather them anew."""
         for module in self._sharded:
+            _reset(module)
+        for module in self._sharded:
             module.reshard()  # type: ignore[operator]
 
     def check(self, named_params: Sequence[tuple[str, Tensor]], owner: str) -> None:
@@ -48,7 +51,7 @@ class GatheredCopies:
         self._owned |= {
             id(param): names[id(param)]
             for module in self._sharded
-            for param in parameters_of(module)
+            for param in _parameters(module)
             if id(param) in names
         }
 
@@ -61,9 +64,8 @@ class GatheredCopies:
         if lost:
             raise RuntimeError(
                 f"the module does not hold {lost[0]} any more, but another tensor: "
-                "a copy that FSDP2 has gathered and keeps after a forward pass that was aborted "
-                "(call reset_iter_state() on the outermost module that fully_shard was called on), "
-                "or a new parameter, which needs a new optimizer"
+                "a new parameter, which needs a new optimizer, or a copy that FSDP2 has gathered "
+                "and does not let go"
             )
 
     def _of_others(self, params: list[Tensor]) -> list[Tensor]:
@@ -79,7 +81,7 @@ class GatheredCopies:
             param
             for module in modules
             if module not in self._sharded
-            for param in parameters_of(module)
+            for param in _parameters(module)
             if id(param) in own
         ]
 
@@ -88,12 +90,12 @@ def check_weights_themselves(named_params: Sequence[tuple[str, Tensor]]) -> None
     """Raises ValueError, naming it, for a parameter that is a copy which FSDP2 has gathered."""
     names = {id(param): name for name, param in named_params if not is_dtensor(param)}
     for module in _all_sharded() or ():
-        held = [param for param in parameters_of(module) if id(param) in names]
+        held = [param for param in _parameters(module) if id(param) in names]
         if not held:
             continue
         # One that FSDP2 was told to ignore stays.
         module.reshard()  # type: ignore[operator]
-        left = {id(param) for param in parameters_of(module)}
+        left = {id(param) for param in _parameters(module)}
         for param in held:
             if id(param) not in left:
                 raise ValueError(COPY.format(name=names[id(param)]))
@@ -111,14 +113,40 @@ def sharded_modules(module: nn.Module) -> list[nn.Module]:
     return [inner for inner in module.modules() if _is_sharded(inner)]
 
 
+def param_groups(module: nn.Module) -> list[Any]:
+    """What FSDP2 gathers at once for one of its modules.
+
+    Not public, as is all that says when it has gathered.
+    """
+    state = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [getattr(state, "_fsdp_param_group", None)]
+    return [group for group in groups if group is not None]
+
+
+def _reset(module: nn.Module) -> None:
+    """End what FSDP2 has under way: a forward that was aborted, what is gathered ahead of use."""
+    state = module._get_fsdp_state()  # type: ignore[operator]
+    if hasattr(module, "reset_iter_state"):
+        # Of the outermost module, which its first forward makes ready.
+        if state._is_root and hasattr(state._comm_ctx, "all_gather_state"):
+            module.reset_iter_state()  # type: ignore[operator]
+        return
+    for group in param_groups(module):
+        group.wait_for_unshard()
+        if group.is_unsharded:
+            group._to_sharded()
+
+
 def _is_sharded(module: nn.Module) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def parameters_of(module: nn.Module) -> Iterator[Tensor]:
+def _parameters(module: nn.Module) -> Iterator[Tensor]:
     """Those in a module that belong to no FSDP2 module inside it."""
     yield from module.parameters(recurse=False)
     for child in module.children():
         if not _is_sharded(child):
-            yield from parameters_of(child)
+            yield from _parameters(child)
