@@ -250,7 +250,7 @@ def again(model: nn.Module, x: Tensor) -> Tensor:
 
 def of_a_group(model: nn.Module, x: Tensor) -> Tensor:
     """Weights that are gathered with those of another module."""
-    return nn.functional.linear(model.blocks[2](x), model.blocks[1].weight)
+    return nn.functional.linear(model.blocks[1](x), model.blocks[2].weight)
 
 
 def ahead(model: nn.Module, x: Tensor) -> Tensor:
@@ -269,7 +269,10 @@ def hooked(model: nn.Module, x: Tensor) -> Tensor:
     return y + read[0]
 
 
-READS = (registered, unsharded, again, of_a_group, ahead, hooked)
+READS: list[Callable] = [registered, unsharded, again, ahead, hooked]
+if hasattr(FSDPModule, "reset_iter_state"):
+    # In older versions of torch a module of a group does not gather by itself.
+    READS.append(of_a_group)
 
 
 def losses_of(model: nn.Module, read: Callable, **arguments: Any) -> list[float]:

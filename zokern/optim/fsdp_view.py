@@ -32,7 +32,7 @@ def check_gathered(module: nn.Module, named_params: Sequence[tuple[str, Tensor]]
             f"layerwise=True does not know how FSDP2 of torch {torch.__version__} gathers: take "
             "layerwise=False"
         )
-    gathered = {id(p.sharded_param): g.mp_policy.param_dtype for g in groups for p in g.fsdp_params}
+    gathered = {id(p.sharded_param): _dtype(g, p) for g in groups for p in g.fsdp_params}
     for name, param in named_params:
         if not param.requires_grad:
             continue
@@ -205,6 +205,12 @@ def _groups(module: nn.Module) -> list[Any]:
     found = [group for inner in sharded_modules(module) for group in param_groups(inner)]
     # Modules that are gathered at once share theirs.
     return list({id(group): group for group in found}.values())
+
+
+def _dtype(group: Any, param: Any) -> torch.dtype | None:
+    """In which it is gathered, where that is not as it is stored."""
+    # From torch 2.15 on each parameter has its own.
+    return (param if hasattr(param, "mp_policy") else group).mp_policy.param_dtype
 
 
 def _beside(gathered: Tensor, part: Tensor, member: Member) -> Tensor:
