@@ -134,7 +134,7 @@ def _reset(module: nn.Module) -> None:
             module.reset_iter_state()  # type: ignore[operator]
         return
     for group in param_groups(module):
-        group.wait_for_unshard()
+        type(group).wait_for_unshard(group)
         if group.is_unsharded:
             group._to_sharded()
 
