@@ -39,6 +39,15 @@ def device() -> torch.device:
     return _device
 
 
+def error_of(call: Callable[[], object]) -> str:
+    """What a call on one rank raises, to be sent home; nothing where it returns."""
+    try:
+        call()
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def run(
     function: Callable, size: int, folder: Path, *arguments: Any, kind: str = "cpu"
 ) -> list[Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import zokern
 from tests import ranks, zo
+from tests.ranks import error_of
 from zokern.distributed import checksum, differences, drifted, mean
 
 STEPS = 3
@@ -150,14 +151,6 @@ def test_the_mean_of_equal_losses_is_that_loss_and_others_are_added_in_order():
     assert mean([0.1, 0.1, 0.1]) == 0.1
     assert mean([1.0, 1e16, -1e16, 2.0]) == 0.5
     assert mean([2.0, -1e16, 1e16, 1.0]) == 0.75
-
-
-def error_of(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except BaseException as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def mine(rank: int, value: Any, other: Any) -> Any:

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import zokern
 from tests import ranks, zo
+from tests.ranks import error_of
 from zokern import sharding
 
 STEPS = 3
@@ -300,14 +301,6 @@ def test_a_distributed_checkpoint_goes_on_in_a_world_of_another_size(tmp_path):
             opt.step(loss_of(model, Net))
         for found in (*first, *later, alone):
             assert zo.same(found[i], zo.weights(model)), case
-
-
-def error_of(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def refused() -> dict[str, str]:

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import zokern
 from tests import ranks, zo
+from tests.ranks import error_of
 from zokern.optim import fsdp_copies, watched
 
 STEPS = 3
@@ -133,14 +134,6 @@ def test_it_is_trained_as_one_process_trains_it(size, tmp_path):
         for found in of_ranks:
             assert found[i][0] == losses, case
             assert zo.same(found[i][1], expected), case
-
-
-def error_of(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def groups_of(module: nn.Module) -> list[Any]:
