@@ -94,6 +94,20 @@ def test_stored_values_are_those_of_the_reference(kernel_backend, residual_dtype
     assert torch.equal(got_residual, residual)
 
 
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("scale", [1.0, 1.5, 0.75, 1 + 2.0**-8, 1 - 2.0**-16, 2.0**100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_all_halves_are_rounded_to_nearest(kernel_backend, dtype, scale, directions):
+    """Every pattern, times a scale: 1.5 and 0.75 give ties, the largest infinities."""
+    param = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    wanted = (param.float() * scale).to(dtype)
+    coeffs, scales = [0.0] * directions, [1.0] * (directions - 1) + [scale]
+    ops.perturb_([param], list(range(directions)), coeffs, seed=0, scales=scales)
+    # An infinity is met by 0 · z, which changes nothing; -0 becomes +0 where 0 is added.
+    assert torch.equal(param.isnan(), wanted.isnan())
+    assert torch.equal(param[~param.isnan()], wanted[~wanted.isnan()])
+
+
 def test_stored_values():
     values = torch.randn(50)
     assert torch.equal(ops.stored_value(values), values)

@@ -4,6 +4,7 @@
 //   alignment<law>()  the elements at which `accumulate` can begin: multiples of this
 //   steps<law>()      how many elements it takes at a time
 //   Floats, Elements<storage>  places of values: as such, and as a tensor stores them
+//   Between<From, To>  of values, between moves of which the first is from From, the last to To
 //   accumulate<law>   to ← fma(c, z, s from) over whole steps, from one place to another
 //   load_block, store_block<storage>
 //   round_values<storage>  values by random halves of words; goes on to the end of a vector
@@ -37,7 +38,7 @@ template <Law law, class From, class To>
 void move(const Directions& d, uint64_t tensor_id, int64_t element, int64_t count, From from,
           To to) {
     Buffer buffer;
-    const Floats between = {buffer.t};
+    const Between<From, To> between{{buffer.t}};
     const auto along = [&](int64_t k, auto here, auto there) {
         const Stream stream = make_stream(d.seed, tensor_id, uint32_t(d.draws[k]), law);
         accumulate<law>(stream, uint64_t(element), count, here, there, d.coeffs[k], d.scales[k]);

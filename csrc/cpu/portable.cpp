@@ -29,6 +29,9 @@ struct Floats {
     void store(int64_t at, float x) const { values[at] = x; }
 };
 
+template <class From, class To>
+using Between = Floats;
+
 // A tensor's elements as they are stored, from one of them on.
 template <Storage storage>
 struct Elements {

@@ -155,6 +155,21 @@ struct Simd {
         second = _mm256_permute2f128_ps(low, high, 0x31);
     }
 
+    // In each lane the halves of a's lane and, above it, of b's.
+    static I upper_halves(I a, I b) {
+        return _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xAA);
+    }
+    static I lower_halves(I a, I b) {
+        return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xAA);
+    }
+    // Each half, and 1 more where what was cut off behind it says so: to nearest, ties to even.
+    static I round_halves(I halves, I rest) {
+        const I odd = _mm256_and_si256(halves, _mm256_set1_epi16(1));
+        const I above_half =
+            _mm256_avg_epu16(_mm256_or_si256(rest, odd), _mm256_set1_epi16(0x7FFE));
+        return _mm256_add_epi16(halves, _mm256_srli_epi16(above_half, 15));
+    }
+
     // Even and odd lanes of (a, b), within each 128 bits: a0 a2 b0 b2 and a1 a3 b1 b3.
     static I even(I a, I b) {
         return as_int(_mm256_shuffle_ps(as_float(a), as_float(b), _MM_SHUFFLE(2, 0, 2, 0)));

@@ -130,6 +130,21 @@ struct Simd {
             _mm512_permutex2var_pd(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high));
     }
 
+    // In each lane the halves of a's lane and, above it, of b's.
+    static I upper_halves(I a, I b) {
+        return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(a, 16), b);
+    }
+    static I lower_halves(I a, I b) {
+        return _mm512_mask_blend_epi16(0xAAAAAAAA, a, _mm512_slli_epi32(b, 16));
+    }
+    // Each half, and 1 more where what was cut off behind it says so: to nearest, ties to even.
+    static I round_halves(I halves, I rest) {
+        const I one = _mm512_set1_epi16(1);
+        const I rest_or_odd = _mm512_ternarylogic_epi32(rest, halves, one, 0xF8);
+        const __mmask32 up = _mm512_cmpgt_epu16_mask(rest_or_odd, _mm512_set1_epi16(-0x8000));
+        return _mm512_mask_add_epi16(halves, up, halves, one);
+    }
+
     // Even and odd lanes of (a, b), within each 128 bits: a0 a2 b0 b2 and a1 a3 b1 b3.
     static I even(I a, I b) {
         return as_int(_mm512_shuffle_ps(as_float(a), as_float(b), _MM_SHUFFLE(2, 0, 2, 0)));

@@ -1,6 +1,8 @@
 // The kernels in terms of `Simd`, which the including file has chosen.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace zokern {
@@ -79,6 +81,23 @@ struct Floats {
     void store(int64_t at, F x) const { Simd::store(values + at, x); }
 };
 
+// Values between two moves of `Elements` with kHalves, in the order in which those take them apart.
+struct Pairs : Floats {
+    static constexpr bool kHalves = true;
+
+    void load_pair(int64_t at, F& even, F& odd) const {
+        even = load(at);
+        odd = load(at + Simd::kWidth);
+    }
+    void store_pair(int64_t at, F even, F odd) const {
+        store(at, even);
+        store(at + Simd::kWidth, odd);
+    }
+};
+
+template <class From, class To>
+using Between = std::conditional_t<From::kHalves && To::kHalves, Pairs, Floats>;
+
 template <Storage storage>
 F load_vector(const unsigned char* param, const unsigned char* residual) {
     if constexpr (storage == Storage::fp32) {
@@ -108,17 +127,13 @@ I to_bf16_bits(I bits, Simd::Mask special) {
     return Simd::select(special, Simd::or_i(Simd::template shr<16>(bits), quiet), rounded);
 }
 
-// The upper half is the value in bfloat16, to nearest, ties to even, but for NaN.
-I with_rounding(F value) {
-    const I bits = Simd::as_int(value);
-    const I last = Simd::and_i(Simd::template shr<16>(bits), Simd::set_i(1));
-    return Simd::add_i(bits, Simd::add_i(last, Simd::set_i(0x7FFFu)));
-}
-
+// To nearest, ties to even.
 I to_nearest_bf16_bits(F value) {
-    const I high = Simd::template shr<16>(Simd::as_int(value));
-    const I rounded = Simd::template shr<16>(with_rounding(value));
-    return Simd::select(Simd::is_nan(value), Simd::or_i(high, Simd::set_i(0x40u)), rounded);
+    const I bits = Simd::as_int(value), high = Simd::template shr<16>(bits);
+    const I last = Simd::and_i(high, Simd::set_i(1));
+    const I rounded = Simd::add_i(bits, Simd::add_i(last, Simd::set_i(0x7FFFu)));
+    return Simd::select(Simd::is_nan(value), Simd::or_i(high, Simd::set_i(0x40u)),
+                        Simd::template shr<16>(rounded));
 }
 
 template <Storage storage>
@@ -182,14 +197,12 @@ struct Elements {
         even = Simd::as_float(Simd::template shl<16>(bits));
         odd = Simd::as_float(Simd::and_i(bits, Simd::set_i(0xFFFF0000u)));
     }
+    // NaN have come from bfloat16 or been made here, of infinities: their lower halves are 0, and
+    // nothing rounds them up to another number.
     void store_pair(int64_t j, F even, F odd) const {
-        I low = Simd::template shr<16>(with_rounding(even)), high = with_rounding(odd);
-        if (Simd::any(Simd::is_nan(even)) || Simd::any(Simd::is_nan(odd))) {
-            low = to_nearest_bf16_bits(even);
-            high = Simd::template shl<16>(to_nearest_bf16_bits(odd));
-        }
-        const I bits = Simd::or_i(low, Simd::and_i(high, Simd::set_i(0xFFFF0000u)));
-        Simd::store_i(param + j * param_bytes(storage), bits);
+        const I bits = Simd::upper_halves(Simd::as_int(even), Simd::as_int(odd));
+        const I rest = Simd::lower_halves(Simd::as_int(even), Simd::as_int(odd));
+        Simd::store_i(param + j * param_bytes(storage), Simd::round_halves(bits, rest));
     }
 };
 
@@ -226,12 +239,16 @@ struct Move {
 template <Law law>
 F gauss(I bytes) {
     constexpr Gauss g = law == Law::gauss16 ? gauss16() : gauss32();
-    const I start = Simd::set_i(uint32_t(-g.centre)), weights = Simd::set_i(g.weights);
+    const I weights = Simd::set_i(g.weights);
+    // A float whose last bit is the law's scale: the sum of products, added to its bits, is scaled
+    // without being converted, and everything is exact.
+    constexpr float bias = 0x1p23f * g.scale;
+    const I start = Simd::as_int(Simd::set(bias));
     // The dot product takes unsigned by signed bytes: weights reach 251 under gauss16, the data 255
     // under gauss32.
     const I sum =
         law == Law::gauss16 ? Simd::dot(start, weights, bytes) : Simd::dot(start, bytes, weights);
-    const F x = Simd::mul(Simd::to_float(sum), Simd::set(g.scale));
+    const F x = Simd::sub(Simd::as_float(sum), Simd::set(bias + float(g.centre) * g.scale));
     const F s = Simd::mul(x, x);
     F q = Simd::fma(Simd::set(g.c4), s, Simd::set(g.c3));
     q = Simd::fma(q, s, Simd::set(g.c2));
