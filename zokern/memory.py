@@ -46,6 +46,7 @@ class Buffer:
 
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
+        self.size, self.device = memory.numel(), memory.device
         self._kept: dict[Hashable, list[Tensor]] = {}
         self._known_uses = self._uses()
 
@@ -86,18 +87,17 @@ class Scratch:
         # Of the first buffer that is at least half as large, in bytes: of the largest borrowers.
         self.least = 0
 
-    def lend(self, likes: Sequence[Tensor]) -> Buffer:
-        """One that tensors of these shapes and dtypes, of one device, can be cut from."""
-        size = sum(_aligned(like.nbytes) for like in likes)
-        device = likes[0].device
-        own = [i for i, buffer in enumerate(self._free) if buffer.memory.device == device]
-        own.sort(key=lambda i: self._free[i].memory.numel())
-        for i in own:
-            if self._free[i].memory.numel() >= size:
-                return self._free.pop(i)
+    def lend(self, size: int, device: torch.device) -> Buffer:
+        """One of at least so many bytes, see :func:`room_for`."""
+        own = [buffer for buffer in self._free if buffer.device == device]
+        fits = [buffer for buffer in own if buffer.size >= size]
+        if fits:
+            buffer = min(fits, key=lambda buffer: buffer.size)
+            self._free.remove(buffer)
+            return buffer
         if own:
             # One that is too small would lie there unused.
-            del self._free[own[-1]]
+            self._free.remove(max(own, key=lambda buffer: buffer.size))
         if size >= self.least / 2:
             size, self.least = max(size, self.least), 0
         with torch.inference_mode(False):
@@ -108,6 +108,11 @@ class Scratch:
         """Of which the borrower keeps nothing; it is lent again unless somebody else does."""
         if not buffer.is_shared:
             self._free.append(buffer)
+
+
+def room_for(likes: Sequence[Tensor]) -> int:
+    """The bytes of a buffer that tensors of these shapes and dtypes can be cut from."""
+    return sum(_aligned(like.nbytes) for like in likes)
 
 
 def _strides(shape: torch.Size) -> list[int]:

@@ -5,6 +5,7 @@
 //   steps<law>()      how many elements it takes at a time
 //   Floats, Elements<storage>  places of values: as such, and as a tensor stores them
 //   Between<From, To>  of values, between moves of which the first is from From, the last to To
+//   Streamed, drain_streams()  float32 values that are written past the caches, and their end
 //   accumulate<law>   to ← fma(c, z, s from) over whole steps, from one place to another
 //   load_block, store_block<storage>
 //   round_values<storage>  values by random halves of words; goes on to the end of a vector
@@ -55,6 +56,11 @@ void move_elements(const Directions& d, const SweepTensor& tensor, int64_t i, in
                    int64_t count) {
     const auto from = Elements<storage>::at(tensor.param, tensor.residual, i);
     if (tensor.out == nullptr) return move<law>(d, tensor.tensor_id, element, count, from, from);
+    if constexpr (alone(storage) == Storage::fp32) {
+        const Streamed to{{static_cast<float*>(tensor.out) + i}};
+        if (Streamed::can_begin_at(to.values))
+            return move<law>(d, tensor.tensor_id, element, count, from, to);
+    }
     const auto to = Elements<alone(storage)>::at(tensor.out, nullptr, i);
     move<law>(d, tensor.tensor_id, element, count, from, to);
 }
@@ -239,6 +245,7 @@ void move_range(const Directions& d, const SweepTensor& tensor, int64_t begin, i
     over_rows(tensor, begin, end, [&](int64_t i, int64_t n, int64_t element) {
         move_run<law, storage>(d, tensor, i, n, element);
     });
+    if (tensor.out != nullptr) drain_streams();
 }
 
 template <Law law>

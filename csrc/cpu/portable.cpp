@@ -32,6 +32,12 @@ struct Floats {
 template <class From, class To>
 using Between = Floats;
 
+struct Streamed : Floats {
+    static bool can_begin_at(const float*) { return false; }
+};
+
+void drain_streams() {}
+
 // A tensor's elements as they are stored, from one of them on.
 template <Storage storage>
 struct Elements {

@@ -19,6 +19,9 @@ struct Simd {
     static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
     static I load_i(const void* p) { return _mm256_loadu_si256(static_cast<const I*>(p)); }
     static void store_i(void* p, I x) { _mm256_storeu_si256(static_cast<I*>(p), x); }
+    // To a multiple of the vector's size, past the caches; `drain` ends such writes.
+    static void stream_i(void* p, I x) { _mm256_stream_si256(static_cast<I*>(p), x); }
+    static void drain() { _mm_sfence(); }
     static F set(float x) { return _mm256_set1_ps(x); }
     static I set_i(uint32_t x) { return _mm256_set1_epi32(int(x)); }
     static F mul(F a, F b) { return _mm256_mul_ps(a, b); }

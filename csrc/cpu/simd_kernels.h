@@ -206,6 +206,17 @@ struct Elements {
     }
 };
 
+// A float32 tensor that is written out of place: past the caches. Where the cores that read it next
+// do not share one, each of its lines would lie in several caches by the next time that it is
+// written, and be called back from there, one after another, which takes ten times as long.
+struct Streamed : Floats {
+    static bool can_begin_at(const float* values) { return uintptr_t(values) % sizeof(I) == 0; }
+
+    void store(int64_t at, F x) const { Simd::stream_i(values + at, Simd::as_int(x)); }
+};
+
+void drain_streams() { Simd::drain(); }
+
 // Takes the values at `at` of one place, moved along z, to the same of another, or itself.
 template <class From, class To>
 struct Move {

@@ -219,13 +219,17 @@ class Prepared:
 
     law: str
     run_again: Callable[[list[Tensor], SweepNumbers], None]
+    # One of the outs of each memory: views of one tensor count their writes together.
+    apart: list[int]
 
     @staticmethod
     def of(sweep: Sweep) -> "Prepared | None":
         prepare = getattr(backends.select(sweep.params[0].device), "prepare", None)
         if prepare is None or not sweep.is_packed:
             return None
-        return Prepared(sweep.law, prepare(sweep))
+        assert sweep.outs is not None
+        apart = {id(out if out._base is None else out._base): i for i, out in enumerate(sweep.outs)}
+        return Prepared(sweep.law, prepare(sweep), list(apart.values()))
 
     def run(self, outs: list[Tensor], numbers: SweepNumbers) -> bool:
         """By one row of numbers, along noise, to nearest; or not at all."""
@@ -233,7 +237,7 @@ class Prepared:
         if not is_plain or numbers.rounding is not None or _is_looked_on():
             return False
         self.run_again(outs, numbers)
-        note_writes(outs)
+        note_writes(outs[i] for i in self.apart)
         return True
 
 

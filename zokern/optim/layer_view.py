@@ -7,7 +7,7 @@ projections of other modules) is given a buffer too, for the time of that one op
 :mod:`zokern.optim.watched`. What cannot be followed even there finds NaN: so nothing is missed.
 
 Two reads need no whole tensor. An embedding takes the rows that its input names; a linear map with
-a weight larger than ``CHUNK`` is evaluated in chunks of its rows.
+a large weight is evaluated in chunks of its rows.
 """
 
 import threading
@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
@@ -24,14 +25,21 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn import functional
 
 from zokern import ops
-from zokern.memory import Buffer, Scratch
+from zokern.memory import Buffer, Scratch, room_for
 from zokern.optim.aliases import check_aliases
 from zokern.optim.compiled import check_not_compiling, is_compiled
 from zokern.optim.displacement import Member
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.layers import Layer, is_chunked, layers
 from zokern.optim.point import Point
-from zokern.optim.watched import Watched, check_unwatched, unwatch, watch
+from zokern.optim.watched import (
+    Watched,
+    check_unwatched,
+    look_again,
+    look_away,
+    unwatch,
+    watch,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +53,11 @@ class Source:
     dense: list[tuple[Tensor, ...]]
     tensor_ids: list[int]
     shards: list[tuple[int, int, int]] | None = None
+
+    @cached_property
+    def room(self) -> tuple[int, torch.device]:
+        """The bytes that a buffer for them needs, and where."""
+        return room_for(self.params), self.params[0].device
 
 
 @dataclass
@@ -74,7 +87,10 @@ class Sweepers:
             self._forms, self._of_source = forms, {}
 
     def of(self, source: Source) -> ops.Sweeper:
-        return self._of_source.setdefault(source.key, ops.Sweeper())
+        sweeper = self._of_source.get(source.key)
+        if sweeper is None:
+            sweeper = self._of_source[source.key] = ops.Sweeper()
+        return sweeper
 
     def __reduce__(self) -> tuple:
         return Sweepers, ()
@@ -186,8 +202,7 @@ class LayerView:
         """Of a forward: what it reads is written to a buffer."""
         check_not_compiling()
         self._check_thread()
-        params = [(i, self._members[i].param) for i in layer.members]
-        members = [i for i, param in params if isinstance(param, Watched)]
+        members = [i for i in layer.members if isinstance(self._members[i].param, Watched)]
         lent = Lent(layer, {})
         self._running.append(lent)
         if not members or (_keeps_what_it_reads() and not is_compiled(layer.module)):
@@ -196,8 +211,9 @@ class LayerView:
         lent.buffer, tensors = self._perturbed(self._source(members), keep=True)
         for i, tensor in zip(members, tensors, strict=True):
             lent.addresses[i] = tensor.data_ptr()
-            unwatch(self._members[i].param)
-            self._members[i].param.data = tensor
+            param = self._members[i].param
+            look_away(param)
+            param.data = tensor
         self._close_again()
 
     def _finish(self, layer: Layer) -> None:
@@ -226,7 +242,7 @@ class LayerView:
                 if param.data_ptr() != address:
                     written.append(i)
                 param.data = self._hidden[i]
-                watch(param, self)
+                look_again(param)
         if lent.buffer is not None:
             self._scratch.take_back(lent.buffer)
         return written
@@ -261,7 +277,7 @@ class LayerView:
 
         With ``keep`` the tensors are used again: nobody but the caller may get hold of them.
         """
-        buffer = self._scratch.lend(source.params)
+        buffer = self._scratch.lend(*source.room)
         tensors = buffer.cut(source.params, source.key if keep else None)
         self._sweep(source, tensors)
         return buffer, tensors

@@ -1,19 +1,30 @@
 """Which modules of a model are written at once, before whose forward, for layerwise evaluation."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from zokern.optim.compiled import is_compiled
 
-# In bytes, by device: what is never divided. A processor's are as large as its caches, so that what
-# is written there is read there.
-CHUNK = {"cpu": 1 << 25, "cuda": 1 << 28}
-# Chunks are as large as what else is written at once: new memory takes longer than another write.
-# But at least this share of CHUNK.
-LEAST_CHUNK = 1 / 4
+
+class Sizes(NamedTuple):
+    """In bytes: what is never divided, what several modules may have to be written at once, and
+    what a chunk has at least."""
+
+    undivided: int
+    together: int
+    chunk: int
+
+
+# A processor has caches, where what is written can be read soon after; on a GPU a write should be
+# worth its launch.
+SIZES = {"cpu": Sizes(10 << 20, 5 << 20, 5 << 20), "cuda": Sizes(1 << 28, 1 << 28, 1 << 26)}
+# Of all parameters, what is written at once at most where nothing needs more.
 SHARE = 1 / 24
+# Of that, what is written with the module around it.
 SMALL = 1 / 16
 # Of an embedding: a smaller one is written as a whole, which is less work than a look for its rows.
 FEW_ROWS = 1 << 21
@@ -33,9 +44,9 @@ def layers(module: nn.Module, index: dict[int, int]) -> tuple[list[Layer], int]:
     """The modules before whose forward members of the index are written, each once; and the bytes
     of the most that is written at once, of a chunk too.
 
-    As few as do with a buffer for the largest of those that cannot be divided, for a chunk where
-    there are chunks, or for ``SHARE`` of all parameters if that is less than a chunk: one write for
-    an attention costs less than one for each of its projections.
+    As few as do with a buffer for the largest of those that cannot be divided, or for what may be
+    written together; that is at most ``SHARE`` of all parameters, unless chunks need as much: one
+    write for an attention costs less than one for each of its projections.
     """
     tree = Tree(module, index)
     if len(tree.sizes) < len(index):
@@ -43,8 +54,8 @@ def layers(module: nn.Module, index: dict[int, int]) -> tuple[list[Layer], int]:
             f"{len(index) - len(tree.sizes)} of the optimizer's {len(index)} parameters are no "
             "longer in module=: modules were replaced, or weights assigned; make a new optimizer"
         )
-    share = tree.chunk if tree.has_chunks else min(tree.chunk, tree.size(tree.sizes) * SHARE)
-    bound = max(share, *map(tree.size, tree.own.values()))
+    share = math.inf if tree.has_chunks else tree.size(tree.sizes) * SHARE
+    bound = max(min(share, tree.limits.together), *map(tree.size, tree.own.values()))
     seen: set[int] = set()
 
     def visit(module: nn.Module) -> Iterator[Layer]:
@@ -71,7 +82,7 @@ def layers(module: nn.Module, index: dict[int, int]) -> tuple[list[Layer], int]:
             yield from visit(child)
 
     found = list(visit(module))
-    chunks = [int(tree.chunk * LEAST_CHUNK)] if tree.has_chunks else []
+    chunks = [tree.limits.chunk] if tree.has_chunks else []
     return found, max([*chunks, *(tree.size(layer.members) for layer in found)], default=0)
 
 
@@ -89,7 +100,7 @@ class Tree:
         # What a module's forward reads, and that with the modules inside.
         self.own: dict[int, set[int]] = {}
         self.inside: dict[int, set[int]] = {}
-        self.chunk, self.has_chunks = 0, False
+        self.limits, self.has_chunks = SIZES["cpu"], False
         self._add(module)
 
     def size(self, members: Iterable[int]) -> int:
@@ -113,7 +124,7 @@ class Tree:
             if param is None or i is None:
                 continue
             self.sizes[i] = param.nbytes
-            self.chunk = chunk_of(param)
+            self.limits = limits_of(param)
             if id(module) in self._inside_compiled or not _is_read_in_parts(module, param):
                 yield i
             elif isinstance(module, nn.Linear):
@@ -136,8 +147,9 @@ def _is_read_in_parts(module: nn.Module, param: Tensor) -> bool:
 
 
 def is_chunked(param: Tensor) -> bool:
-    return param.dim() == 2 and param.is_contiguous() and param.nbytes > chunk_of(param)
+    is_matrix = param.dim() == 2 and param.is_contiguous()
+    return is_matrix and param.nbytes > limits_of(param).undivided
 
 
-def chunk_of(param: Tensor) -> int:
-    return CHUNK.get(param.device.type, CHUNK["cuda"])
+def limits_of(param: Tensor) -> Sizes:
+    return SIZES.get(param.device.type, SIZES["cuda"])

@@ -166,6 +166,15 @@ def watch(param: Tensor, reader: Reader) -> None:
 
 def unwatch(param: Tensor) -> None:
     """Make it what it was."""
+    look_away(param)
+    _readers.pop(id(param), None)
+
+
+def look_away(param: Tensor) -> None:
+    """Let the readers of a parameter see what it holds, until :func:`look_again`."""
     if isinstance(param, Watched):
         param.__class__ = type(param).__mro__[2]
-    _readers.pop(id(param), None)
+
+
+def look_again(param: Tensor) -> None:
+    param.__class__ = _classes[type(param)]

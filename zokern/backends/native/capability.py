@@ -1,12 +1,15 @@
 """What the native core was built for, and what this machine makes use of."""
 
+import functools
+
 import zokern._C as _C
 from zokern import env
 
 
-def cpu_capabilities() -> list[str]:
+@functools.cache
+def cpu_capabilities() -> tuple[str, ...]:
     """The instruction sets that this processor has kernels for, the best one last."""
-    return _C.cpu_capabilities()
+    return tuple(_C.cpu_capabilities())
 
 
 def cpu_capability() -> str:

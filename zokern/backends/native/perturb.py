@@ -32,25 +32,29 @@ def perturb_(sweep: Sweep) -> None:
 
 
 def _run(contiguous: Sweep) -> None:
-    _launch(pack(contiguous), contiguous.params[0].device)
+    _launcher(contiguous.params[0].device)(pack(contiguous))
 
 
-def _launch(packed: _C.Sweep, device: torch.device) -> None:
+def _launcher(device: torch.device) -> Callable[[_C.Sweep], None]:
     if device.type == "cpu":
-        _C.cpu_sweep(packed, cpu_capability(), torch.get_num_threads())
-    else:
+        capability = cpu_capability()
+        return lambda packed: _C.cpu_sweep(packed, capability, torch.get_num_threads())
+
+    def launch(packed: _C.Sweep) -> None:
         with torch.cuda.device(device):
             _C.cuda_sweep(packed, device.index, torch.cuda.current_stream().cuda_stream)
 
+    return launch
+
 
 def prepare(sweep: Sweep) -> Callable[[list[Tensor], Any], None]:
-    packed, device = pack(sweep), sweep.params[0].device
+    packed, launch = pack(sweep), _launcher(sweep.params[0].device)
 
     def run_again(outs: list[Tensor], numbers: Any) -> None:
         coeffs = numbers.coeffs[0]
         scales = numbers.scales[0] if numbers.scales else [1.0] * len(coeffs)
         packed.renumber(_first_address(outs), numbers.seed, numbers.draws, coeffs, scales)
-        _launch(packed, device)
+        launch(packed)
 
     return run_again
 
