@@ -14,7 +14,7 @@ import zokern
 
 transformers = pytest.importorskip("transformers")
 
-ROUNDS = 9
+ROUNDS = 21
 
 
 def encoder(dtype: torch.dtype) -> torch.nn.Module:
