@@ -156,7 +156,7 @@ def compiler(request) -> str:
 
 def test_kernels_are_within_their_budgets(compiler, tmp_path, capsys):
     found = tmp_path / "found.json"
-    command = ["--backend", compiler, "--kernel", "sweep-bf16*", "--json", str(found)]
+    command = ["--backend", compiler, "--json", str(found)]
     assert main(command) == 0, capsys.readouterr().err
     reports = {report["name"]: report for report in json.loads(found.read_text())}
     plain = reports["sweep-bf16"]

@@ -149,7 +149,7 @@ def _launch_select(variant: Variant) -> None:
 
     plain: list[Tensor] = [torch.empty(NUMEL)]
     values = Differences(plain) if variant.form == "select" else adam_steps()
-    selection.select(Selection(values, [1000], False, None))
+    selection.select(Selection(values, [1000], False))
 
 
 def launch(variant: Variant, kernels: list) -> object:
