@@ -12,7 +12,7 @@ from tests.test_layerwise import is_clean, make
 from tests.test_layerwise_models import MODELS, build, language_loss
 from tests.test_peft import make_lora
 from tests.zo import same, weights
-from zokern.optim.aliases import check_aliases
+from zokern.optim.aliases import Places
 
 
 class Plain(nn.Module):
@@ -162,15 +162,15 @@ def test_convolutions_in_another_memory_format():
 @pytest.mark.parametrize("name", MODELS)
 def test_real_models_hold_no_aliases(name):
     model = build(name)
-    check_aliases(model, model.parameters())
+    Places(model.parameters()).check(model)
     language_loss(model)()
-    check_aliases(model, model.parameters())
+    Places(model.parameters()).check(model)
 
 
 def test_adapters_hold_no_aliases():
     pytest.importorskip("peft")
     model = make_lora()
-    check_aliases(model, model.parameters())
+    Places(model.parameters()).check(model)
 
 
 def test_a_functional_call_of_another_layer_is_no_alias():

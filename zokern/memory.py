@@ -5,7 +5,9 @@ import functools
 import math
 import mmap
 import sys
+from bisect import insort
 from collections.abc import Hashable, Iterator, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -41,24 +43,48 @@ def empty_like(tensor: Tensor) -> Tensor:
     return _with_huge_pages(torch.empty_like(tensor, memory_format=torch.contiguous_format))
 
 
-class Buffer:
-    """Memory that is lent."""
+def _pages(size: int) -> mmap.mmap | None:
+    """Memory of its own, which the system can take while it is not needed, but need not.
 
-    def __init__(self, memory: Tensor) -> None:
-        self.memory = memory
-        self.size, self.device = memory.numel(), memory.device
-        self._kept: dict[Hashable, list[Tensor]] = {}
+    What an allocator is given back it often unmaps: to map it again for each step, page by page,
+    takes longer than all else that a step does beside its sweeps. None for small memory, and where
+    there is no such thing.
+    """
+    if size < LARGE or not hasattr(mmap, "MADV_FREE") or torch._C._len_torch_dispatch_stack():
+        return None
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_FREE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        return None
+    return pages
+
+
+class Buffer:
+    """So many bytes of memory, lent."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size, self.device = size, device
+        self._pages = _pages(size) if device.type == "cpu" else None
+        with torch.inference_mode(False):
+            if self._pages is None:
+                self.memory = torch.empty(size, dtype=torch.uint8, device=device)
+            else:
+                self.memory = torch.frombuffer(self._pages, dtype=torch.uint8)
+        self.kept: dict[Hashable, list[Tensor]] = {}
+        self._storage = self.memory.untyped_storage()
         self._known_uses = self._uses()
 
     def cut(self, likes: Sequence[Tensor], key: Hashable | None = None) -> list[Tensor]:
-        """Contiguous tensors of these shapes and dtypes; for the same key the same ones again."""
-        if key is None:
-            return list(self._cut(likes))
-        if key not in self._kept:
-            uses = self._uses()
-            self._kept[key] = list(self._cut(likes))
+        """Contiguous tensors of these shapes and dtypes; kept, where they have a key."""
+        uses = self._uses()
+        tensors = list(self._cut(likes))
+        if key is not None:
+            self.kept[key] = tensors
             self._known_uses += self._uses() - uses
-        return self._kept[key]
+        return tensors
 
     def _cut(self, likes: Sequence[Tensor]) -> Iterator[Tensor]:
         begin = 0
@@ -75,39 +101,59 @@ class Buffer:
         """Whether anybody holds a part of it, but for the tensors that have a key."""
         return self._uses() > self._known_uses
 
+    def empty(self) -> None:
+        """Nobody needs what it holds, nor the memory until :meth:`fill`."""
+        if self._pages is not None:
+            self._pages.madvise(mmap.MADV_FREE)
+        else:
+            self._storage.resize_(0)
+
+    def fill(self) -> None:
+        """Have memory again, perhaps elsewhere."""
+        if self._pages is None and not self._storage.nbytes():
+            self._storage.resize_(self.size)
+
     def _uses(self) -> int:
-        return torch._C._storage_Use_Count(self.memory.untyped_storage()._cdata)
+        return torch._C._storage_Use_Count(self._storage._cdata)
 
 
 class Scratch:
     """Buffers that are lent, given back and lent again."""
 
     def __init__(self) -> None:
-        self._free: list[Buffer] = []
+        # The smaller ones first.
+        self._free: dict[torch.device, list[Buffer]] = {}
         # Of the first buffer that is at least half as large, in bytes: of the largest borrowers.
         self.least = 0
 
     def lend(self, size: int, device: torch.device) -> Buffer:
         """One of at least so many bytes, see :func:`room_for`."""
-        own = [buffer for buffer in self._free if buffer.device == device]
-        fits = [buffer for buffer in own if buffer.size >= size]
-        if fits:
-            buffer = min(fits, key=lambda buffer: buffer.size)
-            self._free.remove(buffer)
-            return buffer
+        wanted = size
+        if size >= self.least / 2:
+            wanted, self.least = _aligned(max(size, self.least)), 0
+        own = self._free.setdefault(device, [])
+        for i, buffer in enumerate(own):
+            if buffer.size >= size:
+                del own[i]
+                buffer.fill()
+                return buffer
         if own:
             # One that is too small would lie there unused.
-            self._free.remove(max(own, key=lambda buffer: buffer.size))
-        if size >= self.least / 2:
-            size, self.least = max(size, self.least), 0
-        with torch.inference_mode(False):
-            empty = torch.empty(size, dtype=torch.uint8, device=device)
-        return Buffer(_with_huge_pages(empty))
+            own.pop()
+        return Buffer(wanted, device)
 
     def take_back(self, buffer: Buffer) -> None:
         """Of which the borrower keeps nothing; it is lent again unless somebody else does."""
         if not buffer.is_shared:
-            self._free.append(buffer)
+            insort(self._free.setdefault(buffer.device, []), buffer, key=attrgetter("size"))
+
+    def empty(self) -> None:
+        """Nobody needs the memory of those that are free, until they are lent again."""
+        for own in self._free.values():
+            # What a mode of torch has made in place of memory is of no use without it.
+            own[:] = [buffer for buffer in own if type(buffer.memory) is Tensor]
+            for buffer in own:
+                buffer.empty()
 
 
 def room_for(likes: Sequence[Tensor]) -> int:

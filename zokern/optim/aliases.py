@@ -22,30 +22,37 @@ PLAIN = frozenset({bool, int, float, str, type(None)})
 DEPTH = 3
 
 
-def check_aliases(module: nn.Module, params: Iterable[Tensor]) -> None:
-    """Raises ValueError if the module holds a tensor that shares memory with one of its parameters.
+class Places:
+    """Where parameters lie; they must stay there."""
 
-    Looked at are the parameters, buffers and attributes of all submodules, and what containers
-    among these hold, three deep.
-    """
-    with torch._C.DisableTorchFunctionSubclass():
-        params = list(params)
-        own = set(map(id, params))
-        spans = sorted((*span(param), i) for i, param in enumerate(params) if _has_memory(param))
-        begins = [begin for begin, _, _ in spans]
-        for path, tensor in _tensors(module):
-            if id(tensor) in own or not _has_memory(tensor):
-                continue
-            begin, end = span(tensor)
-            at = bisect_left(begins, end) - 1
-            if at >= 0 and begin < spans[at][1]:
-                names = {id(param): name for name, param in module.named_parameters()}
-                name = names.get(id(params[spans[at][2]]), "that the module had")
-                raise ValueError(
-                    f"{path} shares memory with the parameter {name}, and layerwise=True would not "
-                    "notice who reads it: keep the parameter itself there, make what is wanted of "
-                    "it in forward, or take layerwise=False"
-                )
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._params = list(params)
+        self._own = set(map(id, self._params))
+        with torch._C.DisableTorchFunctionSubclass():
+            spans = [(*span(p), i) for i, p in enumerate(self._params) if _has_memory(p)]
+        self._spans = sorted(spans)
+        self._begins = [begin for begin, _, _ in self._spans]
+
+    def check(self, module: nn.Module) -> None:
+        """Raises ValueError if the module holds a tensor that shares memory with one of them.
+
+        Looked at are the parameters, buffers and attributes of all submodules, and what containers
+        among these hold, three deep.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            for path, tensor in _tensors(module):
+                if id(tensor) in self._own or not _has_memory(tensor):
+                    continue
+                begin, end = span(tensor)
+                at = bisect_left(self._begins, end) - 1
+                if at >= 0 and begin < self._spans[at][1]:
+                    names = {id(param): name for name, param in module.named_parameters()}
+                    name = names.get(id(self._params[self._spans[at][2]]), "that the module had")
+                    raise ValueError(
+                        f"{path} shares memory with the parameter {name}, and layerwise=True would "
+                        "not notice who reads it: keep the parameter itself there, make what is "
+                        "wanted of it in forward, or take layerwise=False"
+                    )
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -54,7 +61,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, inner in waiting:
         held = inner.__dict__
         found = [*held["_parameters"].items(), *held["_buffers"].items(), *held["_modules"].items()]
-        for key in [key for key in held if key not in ATTRIBUTES]:
+        for key in sorted(held.keys() - ATTRIBUTES):
             if type(held[key]) not in PLAIN and not _is_made_before_forward(inner, key):
                 found += _contents(key, held[key], DEPTH)
         for name, value in found:

@@ -12,12 +12,11 @@ a large weight is evaluated in chunks of its rows.
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +24,11 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn import functional
 
 from zokern import ops
-from zokern.memory import Buffer, Scratch, room_for
-from zokern.optim.aliases import check_aliases
+from zokern.memory import Buffer, room_for
 from zokern.optim.compiled import check_not_compiling, is_compiled
 from zokern.optim.displacement import Member
 from zokern.optim.interrupts import uninterrupted
-from zokern.optim.layers import Layer, is_chunked, layers
+from zokern.optim.layers import Layer, is_chunked
 from zokern.optim.point import Point
 from zokern.optim.watched import (
     Watched,
@@ -40,24 +38,17 @@ from zokern.optim.watched import (
     unwatch,
     watch,
 )
+from zokern.optim.workspace import Part, Workspace
 
 
-@dataclass(frozen=True, eq=False)
-class Source:
-    """What is perturbed together: members, or a part of one."""
+class Source(NamedTuple):
+    """What a part is made of: for each of its tensors, how it is stored."""
 
-    key: Hashable
-    members: list[int]
     params: list[Tensor]
     residuals: list[Tensor | None]
     dense: list[tuple[Tensor, ...]]
     tensor_ids: list[int]
     shards: list[tuple[int, int, int]] | None = None
-
-    @cached_property
-    def room(self) -> tuple[int, torch.device]:
-        """The bytes that a buffer for them needs, and where."""
-        return room_for(self.params), self.params[0].device
 
 
 @dataclass
@@ -65,35 +56,9 @@ class Lent:
     """What a running forward was lent."""
 
     layer: Layer
-    # Of each member the address of what it was lent.
-    addresses: dict[int, int]
+    members: Sequence[int] = ()
+    tensors: Sequence[Tensor] = ()
     buffer: Buffer | None = None
-
-
-class Sweepers:
-    """Those of a module's sources, kept as long as its parameters lie where they lay."""
-
-    def __init__(self) -> None:
-        self._forms: list = []
-        self._of_source: dict[Hashable, ops.Sweeper] = {}
-
-    def begin(self, members: list[Member], params: list[Tensor]) -> None:
-        """A view of these members, as which their own parameters are stored."""
-        residuals = [member.residual for member in members]
-        dense = [vector for member in members for vector in member.dense]
-        forms = [member.tensor_id for member in members]
-        forms += ops.forms_of([*params, *residuals, *dense])
-        if forms != self._forms:
-            self._forms, self._of_source = forms, {}
-
-    def of(self, source: Source) -> ops.Sweeper:
-        sweeper = self._of_source.get(source.key)
-        if sweeper is None:
-            sweeper = self._of_source[source.key] = ops.Sweeper()
-        return sweeper
-
-    def __reduce__(self) -> tuple:
-        return Sweepers, ()
 
 
 class Hook:
@@ -113,20 +78,16 @@ class Hook:
 class LayerView:
     """What a module's readers see of its parameters until it is closed."""
 
-    def __init__(self, module: nn.Module, members: list[Member], sweepers: Sweepers) -> None:
+    def __init__(self, module: nn.Module, members: list[Member], workspace: Workspace) -> None:
         for member in members:
             check_unwatched(member.param)
         self._module = module
         self._members = members
-        self._index = {id(member.param): i for i, member in enumerate(members)}
-        check_aliases(module, [member.param for member in members])
+        self._params = [member.param for member in members]
         self._stored = [member.param.data for member in members]
-        self._sweepers = sweepers
-        self._sweepers.begin(members, self._stored)
-        # What the parameters hold instead: who reads it behind torch's back is not to miss it.
-        self._hidden = _nan_like(self._stored)
-        self._scratch = Scratch()
-        self._sources: dict[Hashable, Source] = {}
+        workspace.begin(module, members, self._stored)
+        self._workspace, self._scratch = workspace, workspace.scratch
+        self._index = workspace.index
         self._running: list[Lent] = []
         self._undo: list[Callable[[], object]] = []
         self._point: Point | None = None
@@ -135,13 +96,12 @@ class LayerView:
         self._is_closed = False
         with uninterrupted():
             try:
-                found, self._most = layers(module, self._index)
-                self._scratch.least = self._most
-                for layer in found:
+                for layer in workspace.layers:
                     self._hook(layer)
-                for member, hidden in zip(members, self._hidden, strict=True):
-                    member.param.data = hidden
-                    watch(member.param, self)
+                # Who reads a parameter behind torch's back is not to miss it.
+                for param, blank in zip(self._params, workspace.blanks, strict=True):
+                    param.data = blank
+                    watch(param, self)
             except BaseException:
                 self.close()
                 raise
@@ -172,9 +132,10 @@ class LayerView:
             self._owner.detach()
         for undo in self._undo:
             undo()
-        for member, stored in zip(self._members, self._stored, strict=True):
-            unwatch(member.param)
-            member.param.data = stored
+        for param, stored in zip(self._params, self._stored, strict=True):
+            unwatch(param)
+            param.data = stored
+        self._scratch.empty()
         torch.clear_autocast_cache()
 
     def _hook(self, layer: Layer) -> None:
@@ -202,18 +163,17 @@ class LayerView:
         """Of a forward: what it reads is written to a buffer."""
         check_not_compiling()
         self._check_thread()
-        members = [i for i in layer.members if isinstance(self._members[i].param, Watched)]
-        lent = Lent(layer, {})
+        members = [i for i in layer.members if isinstance(self._params[i], Watched)]
+        lent = Lent(layer)
         self._running.append(lent)
         if not members or (_keeps_what_it_reads() and not is_compiled(layer.module)):
             # In the latter case each operation is given a buffer of its own.
             return
-        lent.buffer, tensors = self._perturbed(self._source(members), keep=True)
-        for i, tensor in zip(members, tensors, strict=True):
-            lent.addresses[i] = tensor.data_ptr()
-            param = self._members[i].param
-            look_away(param)
-            param.data = tensor
+        lent.buffer, lent.tensors = self._perturbed(self._part(members), keep=True)
+        lent.members = members
+        for i, tensor in zip(members, lent.tensors, strict=True):
+            look_away(self._params[i])
+            self._params[i].data = tensor
         self._close_again()
 
     def _finish(self, layer: Layer) -> None:
@@ -229,19 +189,19 @@ class LayerView:
         self._close_again()
         if written and not self._is_closed:
             raise RuntimeError(
-                f"{self.name_of(self._members[written[0]].param)} was written to while it was "
+                f"{self.name_of(self._params[written[0]])} was written to while it was "
                 "evaluated: the closure must leave the weights alone"
             )
 
     def _end(self, lent: Lent) -> list[int]:
         """Put the members back; those that somebody has given other data."""
         written = []
-        for i, address in lent.addresses.items():
-            param = self._members[i].param
+        for i, tensor in zip(lent.members, lent.tensors, strict=True):
+            param = self._params[i]
             if not isinstance(param, Watched):
-                if param.data_ptr() != address:
+                if param.data_ptr() != tensor.data_ptr():
                     written.append(i)
-                param.data = self._hidden[i]
+                param.data = self._workspace.blanks[i]
                 look_again(param)
         if lent.buffer is not None:
             self._scratch.take_back(lent.buffer)
@@ -259,41 +219,68 @@ class LayerView:
                 "thread that called step or ask, or take layerwise=False"
             )
 
-    def _source(self, members: list[int]) -> Source:
-        key = tuple(members)
-        if key not in self._sources:
-            self._sources[key] = Source(
-                key,
-                members,
-                [self._stored[i] for i in members],
-                [self._members[i].residual for i in members],
-                [self._members[i].dense for i in members],
-                [self._members[i].tensor_id for i in members],
-            )
-        return self._sources[key]
+    def _part(self, members: list[int], rows: slice | None = None) -> Part:
+        key = *members, None if rows is None else (rows.start, rows.stop)
+        part = self._workspace.parts.get(key)
+        if part is None:
+            params = self._source(members, rows).params
+            part = Part(members, rows, room_for(params), params[0].device)
+            self._workspace.parts[key] = part
+        return part
 
-    def _perturbed(self, source: Source, *, keep: bool) -> tuple[Buffer, list[Tensor]]:
-        """The source's perturbed values, and the buffer that they lie in.
+    def _source(self, members: list[int], rows: slice | None) -> Source:
+        if rows is not None:
+            i = members[0]
+            param = self._stored[i][rows]
+            shard = rows.start * param[0].numel(), param.numel(), param.numel()
+            return self._rows(i, itemgetter(rows), shard)
+        return Source(
+            [self._stored[i] for i in members],
+            [self._members[i].residual for i in members],
+            [self._members[i].dense for i in members],
+            [self._members[i].tensor_id for i in members],
+        )
+
+    def _rows(
+        self, i: int, pick: Callable[[Tensor], Tensor], shard: tuple[int, int, int]
+    ) -> Source:
+        member = self._members[i]
+        residual = None if member.residual is None else pick(member.residual)
+        dense = tuple(map(pick, member.dense))
+        return Source([pick(self._stored[i])], [residual], [dense], [member.tensor_id], [shard])
+
+    def _perturbed(self, part: Part, *, keep: bool) -> tuple[Buffer, list[Tensor]]:
+        """The part's perturbed values, and the buffer that they lie in.
 
         With ``keep`` the tensors are used again: nobody but the caller may get hold of them.
         """
-        buffer = self._scratch.lend(*source.room)
-        tensors = buffer.cut(source.params, source.key if keep else None)
-        self._sweep(source, tensors)
+        buffer = self._scratch.lend(part.size, part.device)
+        tensors = buffer.kept.get(part) if keep else None
+        source = None
+        if tensors is None:
+            source = self._source(part.members, part.rows)
+            tensors = buffer.cut(source.params, part if keep else None)
+        assert self._point is not None
+        numbers = self._point.numbers(part.members)
+        if not part.sweeper.again(tensors, numbers, self._point.law):
+            source = source or self._source(part.members, part.rows)
+            self._sweep(part.sweeper, numbers, source, tensors)
         return buffer, tensors
 
-    def _sweep(self, source: Source, outs: list[Tensor], rows: list[Tensor] | None = None) -> None:
-        point = self._point
-        assert point is not None
-        sweeper, numbers = self._sweepers.of(source), point.numbers(source.members)
-        # Picked rows are other tensors each time.
-        if rows is None and sweeper.again(outs, numbers, point.law):
-            return
-        has_slots = any(draw < 0 for draw in point.draws)
+    def _sweep(
+        self,
+        sweeper: ops.Sweeper,
+        numbers: ops.SweepNumbers,
+        source: Source,
+        outs: list[Tensor],
+        rows: list[Tensor] | None = None,
+    ) -> None:
+        assert self._point is not None
+        has_slots = any(draw < 0 for draw in self._point.draws)
         sweeper.sweep(
             source.params,
             numbers,
-            law=point.law,
+            law=self._point.law,
             tensor_ids=source.tensor_ids,
             shards=source.shards,
             rows=rows,
@@ -313,7 +300,7 @@ class LayerView:
         self._check_thread()
         i = self._index[id(param)]
         with _outside_functorch():
-            buffer, (tensor,) = self._perturbed(self._source([i]), keep=False)
+            buffer, (tensor,) = self._perturbed(self._part([i]), keep=False)
         return tensor, buffer
 
     def take_back(self, buffer: Buffer) -> None:
@@ -344,9 +331,10 @@ class LayerView:
             return NotImplemented
         numbers, places = torch.unique(input.long(), return_inverse=True)
         width = weight.shape[1]
-        source = self._part(i, lambda t: t.index_select(0, numbers), (0, width, width))
+        source = self._rows(i, lambda t: t.index_select(0, numbers), (0, width, width))
         out = torch.empty_like(source.params[0])
-        self._sweep(source, [out], rows=[numbers])
+        assert self._point is not None
+        self._sweep(ops.Sweeper(), self._point.numbers([i]), source, [out], [numbers])
         return functional.embedding(places, out)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -359,39 +347,20 @@ class LayerView:
         count, width = weight.shape
         if isinstance(bias, Watched):
             bias, _ = self.lend(bias)
-        step = max(1, self._most // (width * weight.element_size()))
+        step = max(1, self._workspace.most // (width * weight.element_size()))
         result = None
         # A graph for gradients would keep them.
         keep = not _keeps_what_it_reads()
         for begin in range(0, count, step):
-            part = slice(begin, begin + step)
-            source = self._rows_of(i, part)
-            buffer, outs = self._perturbed(source, keep=keep)
-            own = functional.linear(input, outs[0], None if bias is None else bias[part])
+            rows = slice(begin, min(begin + step, count))
+            buffer, outs = self._perturbed(self._part([i], rows), keep=keep)
+            own = functional.linear(input, outs[0], None if bias is None else bias[rows])
             if result is None:
                 result = own.new_empty(*own.shape[:-1], count)
-            result[..., part] = own
+            result[..., rows] = own
             del outs
             self._scratch.take_back(buffer)
         return result
-
-    def _rows_of(self, i: int, rows: slice) -> Source:
-        """A member's rows, one after another."""
-        key = i, rows.start
-        if key not in self._sources:
-            param = self._stored[i][rows]
-            shard = (rows.start * param[0].numel(), param.numel(), param.numel())
-            self._sources[key] = self._part(i, itemgetter(rows), shard)
-        return self._sources[key]
-
-    def _part(
-        self, i: int, part: Callable[[Tensor], Tensor], shard: tuple[int, int, int]
-    ) -> Source:
-        member = self._members[i]
-        residual = None if member.residual is None else part(member.residual)
-        dense = tuple(map(part, member.dense))
-        param, key = part(self._stored[i]), (i, shard)
-        return Source(key, [i], [param], [residual], [dense], [member.tensor_id], [shard])
 
 
 def _keeps_what_it_reads() -> bool:
@@ -400,17 +369,6 @@ def _keeps_what_it_reads() -> bool:
     A graph for gradients, with respect to inputs, remembers the parameter itself.
     """
     return torch.is_grad_enabled() or _in_functorch()
-
-
-@torch.inference_mode(False)
-def _nan_like(tensors: list[Tensor]) -> list[Tensor]:
-    """Of the same shapes, in the memory of one element; those of one shape are the same."""
-    kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-    made = {
-        (shape, dtype, device): torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
-        for shape, dtype, device in set(kinds)
-    }
-    return [made[kind] for kind in kinds]
 
 
 def _in_functorch() -> bool:

@@ -40,6 +40,16 @@ class Layer:
     members: list[int]
 
 
+def structure(module: nn.Module) -> list:
+    """What :func:`layers` looks at beside the form of the members, to be compared."""
+    found: list = []
+    for inner in module.modules():
+        held = inner.__dict__
+        found += inner, type(inner).forward, held.get("forward"), inner._compiled_call_impl
+        found.append(tuple(map(id, held["_parameters"].values())))
+    return found
+
+
 def layers(module: nn.Module, index: dict[int, int]) -> tuple[list[Layer], int]:
     """The modules before whose forward members of the index are written, each once; and the bytes
     of the most that is written at once, of a chunk too.

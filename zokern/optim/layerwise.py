@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zokern.optim.aliases import check_aliases
+from zokern.optim.aliases import Places
 from zokern.optim.displacement import (
     Coefficients,
     Displacement,
@@ -22,8 +22,9 @@ from zokern.optim.displacement import (
 from zokern.optim.fsdp_copies import sharded_modules
 from zokern.optim.fsdp_view import FsdpView, check_gathered
 from zokern.optim.interrupts import uninterrupted
-from zokern.optim.layer_view import LayerView, Sweepers
+from zokern.optim.layer_view import LayerView
 from zokern.optim.point import Point
+from zokern.optim.workspace import Workspace
 
 
 class LayerwiseDisplacement(Displacement):
@@ -34,7 +35,7 @@ class LayerwiseDisplacement(Displacement):
         self.module = module
         self._is_gathered = bool(sharded_modules(module))
         self._view: LayerView | FsdpView | None = None
-        self._sweepers = Sweepers()
+        self._workspace = Workspace()
 
     @property
     def is_beside_rest(self) -> bool:
@@ -67,7 +68,7 @@ class LayerwiseDisplacement(Displacement):
         if self._is_gathered:
             check_gathered(self.module, named_params)
         else:
-            check_aliases(self.module, [param for _, param in named_params if param.requires_grad])
+            Places(p for _, p in named_params if p.requires_grad).check(self.module)
 
     def move(
         self,
@@ -97,7 +98,7 @@ class LayerwiseDisplacement(Displacement):
     def _open(self) -> LayerView | FsdpView:
         if self._is_gathered:
             return FsdpView(self.module, self.members)
-        return LayerView(self.module, self.members, self._sweepers)
+        return LayerView(self.module, self.members, self._workspace)
 
     def settle(self) -> None:
         if self._view is not None:
