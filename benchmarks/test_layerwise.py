@@ -14,7 +14,7 @@ import zokern
 
 transformers = pytest.importorskip("transformers")
 
-ROUNDS = 21
+ROUNDS = 41
 
 
 def encoder(dtype: torch.dtype) -> torch.nn.Module:

@@ -69,8 +69,7 @@ def evaluates(model: nn.Module, optimizer: zokern.MeZO) -> None:
 
 
 def free_buffers(optimizer: zokern.MeZO) -> list[memory.Buffer]:
-    free = optimizer._displacement._workspace.scratch._free
-    return [buffer for buffers in free.values() for buffer in buffers]
+    return optimizer._displacement._workspace.scratch._free
 
 
 def kept_from_the_kernel(address: int) -> int:

@@ -122,7 +122,7 @@ class Scratch:
 
     def __init__(self) -> None:
         # The smaller ones first.
-        self._free: dict[torch.device, list[Buffer]] = {}
+        self._free: list[Buffer] = []
         # Of the first buffer that is at least half as large, in bytes: of the largest borrowers.
         self.least = 0
 
@@ -131,29 +131,30 @@ class Scratch:
         wanted = size
         if size >= self.least / 2:
             wanted, self.least = _aligned(max(size, self.least)), 0
-        own = self._free.setdefault(device, [])
-        for i, buffer in enumerate(own):
-            if buffer.size >= size:
-                del own[i]
-                buffer.fill()
-                return buffer
-        if own:
-            # One that is too small would lie there unused.
-            own.pop()
+        too_small = None
+        for i, buffer in enumerate(self._free):
+            if buffer.device == device:
+                if buffer.size >= size:
+                    del self._free[i]
+                    buffer.fill()
+                    return buffer
+                too_small = i
+        if too_small is not None:
+            # It would lie there unused.
+            del self._free[too_small]
         return Buffer(wanted, device)
 
     def take_back(self, buffer: Buffer) -> None:
         """Of which the borrower keeps nothing; it is lent again unless somebody else does."""
         if not buffer.is_shared:
-            insort(self._free.setdefault(buffer.device, []), buffer, key=attrgetter("size"))
+            insort(self._free, buffer, key=attrgetter("size"))
 
     def empty(self) -> None:
         """Nobody needs the memory of those that are free, until they are lent again."""
-        for own in self._free.values():
-            # What a mode of torch has made in place of memory is of no use without it.
-            own[:] = [buffer for buffer in own if type(buffer.memory) is Tensor]
-            for buffer in own:
-                buffer.empty()
+        # What a mode of torch has made in place of memory is of no use without it.
+        self._free = [buffer for buffer in self._free if type(buffer.memory) is Tensor]
+        for buffer in self._free:
+            buffer.empty()
 
 
 def room_for(likes: Sequence[Tensor]) -> int:

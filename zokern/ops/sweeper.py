@@ -232,9 +232,8 @@ class Prepared:
         return Prepared(sweep.law, prepare(sweep), list(apart.values()))
 
     def run(self, outs: list[Tensor], numbers: SweepNumbers) -> bool:
-        """By one row of numbers, along noise, to nearest; or not at all."""
-        is_plain = len(numbers.coeffs) == 1 and min(numbers.draws, default=0) >= 0
-        if not is_plain or numbers.rounding is not None or _is_looked_on():
+        """By plain numbers, or not at all."""
+        if not numbers.is_plain or _is_looked_on():
             return False
         self.run_again(outs, numbers)
         note_writes(outs[i] for i in self.apart)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -172,6 +173,12 @@ class SweepNumbers:
     update: Update | None
     rounding: int | None
     seed: int
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether one row says how to move all tensors along noise, rounded to nearest."""
+        moves = min(self.draws, default=0) >= 0 and self.update is None and self.rounding is None
+        return moves and len(self.coeffs) == 1
 
 
 def read_numbers(
