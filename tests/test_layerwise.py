@@ -372,6 +372,34 @@ def test_a_closure_that_raises_leaves_nothing_behind(error, at, inside):
     optimizer.step(loss_of(model))
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_run_goes_on_after_a_closure_that_raises_as_if_nothing_had_been(
+    storage, recorded, tmp_path
+):
+    dtype, precision = STORAGES[storage]
+    runs = []
+    for fails in (False, True):
+        model = make_model(dtype)
+        model.register_parameter("empty", nn.Parameter(torch.empty(0, dtype=dtype)))
+        if recorded:
+            precision = {**precision, "trajectory": zokern.Trajectory(tmp_path / f"{fails}.zo")}
+        optimizer = make(model, **precision)
+        losses = []
+        for i in range(4):
+            if fails and i == 2:
+                raising = iter([loss_of(model)])
+                with pytest.raises(StopIteration):
+                    optimizer.step(lambda left=raising: next(left)())
+            losses.append(optimizer.step(loss_of(model)))
+        kept = [value for state in optimizer.state.values() for value in state.values()]
+        runs.append((losses, weights(model), [t for t in kept if isinstance(t, torch.Tensor)]))
+    (losses, ours, kept), (others_losses, others, others_kept) = runs
+    assert losses == others_losses
+    assert same(ours, others)
+    assert same(kept, others_kept)
+
+
 class Interrupt:
     """Ctrl-C at the n-th line of the files that swap parameters."""
 

@@ -195,6 +195,72 @@ def test_layers_that_are_compiled_between_steps_are_read_as_a_whole():
     evaluates(model, optimizer)
 
 
+class WithMore(nn.Module):
+    """Reads one layer and, of another module, those in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.more = nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, *self.more):
+            x = layer(x)
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["compiled first", "shared first"])
+def test_a_layer_that_comes_into_a_compiled_module_is_read_there_and_outside(order):
+    compiled, shared = WithMore(), nn.Linear(8, 8)
+    compiled.compile(backend="eager")
+    model = nn.Sequential(*[compiled, shared][:: 1 if order == "compiled first" else -1])
+    names = [name for name, _ in model.named_parameters()]
+    optimizer = make(model, eps=0.1)
+    x = torch.randn(16, 8)
+    for comes in (False, True):
+        if comes:
+            compiled.more.append(shared)
+        for move in optimizer.ask():
+            there = copy.deepcopy(model)
+            params = optimizer.param_groups[0]["params"]
+            twins = {id(p): twin for p, twin in zip(
+                model.parameters(), there.parameters(), strict=True)}  # fmt: skip
+            zokern.ops.perturb_(
+                [twins[id(p)] for p in params], move.draws, move.coeffs, seed=move.seed,
+                law=move.law, tensor_ids=[zokern.noise.tensor_id(name) for name in names],
+            )  # fmt: skip
+            assert torch.equal(model(x), there(x))
+        optimizer.flush()
+
+
+def test_a_module_that_is_scripted_between_steps_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    optimizer = make(model)
+    step = lambda: model(torch.ones(4, 8)).sum()  # noqa: E731
+    optimizer.step(step)
+    model[1] = torch.jit.script(nn.Tanh())
+    with pytest.raises(ValueError, match="1 is scripted"):
+        optimizer.step(step)
+    assert is_clean(model)
+
+
+def test_two_optimizers_of_one_compiled_layer_take_turns():
+    model = nn.Linear(8, 8)
+    model.compile(backend="eager")
+    weight, bias = model.named_parameters()
+    one = zokern.MeZO([weight], 0.1, module=model, layerwise=True)
+    other = zokern.MeZO([bias], 0.1, module=model, layerwise=True)
+    next(iter(one.ask()))
+    with pytest.raises(RuntimeError, match="is compiled, and is being evaluated layerwise by"):
+        next(iter(other.ask()))
+    other.flush()
+    one.flush()
+    for optimizer in (one, other):
+        optimizer.step(lambda: model(torch.ones(4, 8)).sum())
+    assert is_clean(model)
+
+
 def test_an_alias_that_appears_between_steps_is_refused():
     model = Reader()
     optimizer = make(model, eps=0.1)
@@ -240,6 +306,86 @@ def test_a_tensor_that_a_closure_keeps_is_not_written_again(pages):
         optimizer.flush()
     assert not torch.equal(values[0], values[1])
     assert all(torch.equal(a, b) for a, b in zip(kept, values, strict=False))
+
+
+@torch.no_grad()
+def test_a_storage_that_a_closure_keeps_is_not_written_again(pages):
+    model = Reader()
+    optimizer = make(model, eps=0.1)
+    kept: dict[torch.UntypedStorage, Tensor] = {}
+
+    def content(storage: torch.UntypedStorage) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8).set_(storage).clone()
+
+    def keep(module: nn.Module, *_: object) -> None:
+        storage = module.weight.untyped_storage()
+        kept[storage] = content(storage)
+
+    for layer in (model.inner[2], model.norm):
+        layer.register_forward_hook(keep)
+    for _ in range(2):
+        for _ in optimizer.ask():
+            model(TOKENS)
+        optimizer.flush()
+    assert len(kept) == 8
+    assert all(torch.equal(content(storage), values) for storage, values in kept.items())
+
+
+@torch.no_grad()
+def test_weights_that_a_closure_shares_between_processes_are_not_written_again(pages):
+    model = Reader()
+    optimizer = make(model, eps=0.1)
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def share(module: nn.Module, *_: object) -> None:
+        shared = module.weight.data.share_memory_()
+        kept.append((shared, shared.clone()))
+
+    for layer in (model.inner[2], model.norm):
+        layer.register_forward_hook(share)
+    for _ in range(3):
+        for _ in optimizer.ask():
+            model(TOKENS)
+        optimizer.flush()
+    assert len({shared.data_ptr() for shared, _ in kept}) == 12
+    assert all(torch.equal(shared, values) for shared, values in kept)
+
+
+@torch.no_grad()
+def test_gradients_with_respect_to_inputs_of_layers_that_are_read_in_chunks():
+    model = Reader()
+    optimizer = make(model, eps=0.1)
+    x, rest = torch.randn(16, WIDTH), copy.deepcopy(model)
+    evaluates(model, optimizer)
+    for move in optimizer.ask():
+        there = stands_in_place(rest, move)
+        for transform in (torch.func.grad, torch.func.hessian):
+            given, wanted = (
+                transform(lambda z, m=m: m.head(m.inner(z)).square().mean())(x[:2])
+                for m in (model, there)
+            )
+            torch.testing.assert_close(given, wanted)
+    optimizer.flush()
+
+
+def test_one_element_that_is_written_behind_torchs_back_is_unknown_again_in_the_next_step():
+    write = torch.jit.script(_fill)
+    read = torch.jit.script(_plus_one)
+    model = nn.Module()
+    model.written, model.read = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizer = make(model, eps=0.1)
+    with pytest.raises(RuntimeError, match="written to"):
+        optimizer.step(lambda: write(model.written).sum())
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        optimizer.step(lambda: read(model.read).sum())
+
+
+def _fill(w: Tensor) -> Tensor:
+    return w.fill_(3.0)
+
+
+def _plus_one(w: Tensor) -> Tensor:
+    return w + 1
 
 
 def test_layers_of_two_dtypes_and_odd_sizes_share_buffers():

@@ -74,16 +74,18 @@ class Buffer:
             else:
                 self.memory = torch.frombuffer(self._pages, dtype=torch.uint8)
         self.kept: dict[Hashable, list[Tensor]] = {}
-        self._storage = self.memory.untyped_storage()
-        self._known_uses = self._uses()
+        # What a mode of torch has made in place of memory has no address.
+        self._address = self.memory.data_ptr() if type(self.memory) is Tensor else None
+        self._references()
+        self._known_references = self._references()
 
     def cut(self, likes: Sequence[Tensor], key: Hashable | None = None) -> list[Tensor]:
         """Contiguous tensors of these shapes and dtypes; kept, where they have a key."""
-        uses = self._uses()
+        before = self._references()
         tensors = list(self._cut(likes))
         if key is not None:
             self.kept[key] = tensors
-            self._known_uses += self._uses() - uses
+            self._known_references += self._references() - before
         return tensors
 
     def _cut(self, likes: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -98,23 +100,28 @@ class Buffer:
 
     @property
     def is_shared(self) -> bool:
-        """Whether anybody holds a part of it, but for the tensors that have a key."""
-        return self._uses() > self._known_uses
+        """Whether anybody holds a part of it, but for the tensors that have a key; or has it moved,
+        as ``share_memory_`` does."""
+        is_elsewhere = self._address is None or self.memory.data_ptr() != self._address
+        return is_elsewhere or self._references() > self._known_references
 
     def empty(self) -> None:
         """Nobody needs what it holds, nor the memory until :meth:`fill`."""
         if self._pages is not None:
             self._pages.madvise(mmap.MADV_FREE)
         else:
-            self._storage.resize_(0)
+            self.memory.untyped_storage().resize_(0)
 
     def fill(self) -> None:
         """Have memory again, perhaps elsewhere."""
-        if self._pages is None and not self._storage.nbytes():
-            self._storage.resize_(self.size)
+        if self._pages is None and not self.memory.untyped_storage().nbytes():
+            self.memory.untyped_storage().resize_(self.size)
+            self._address = self.memory.data_ptr()
 
-    def _uses(self) -> int:
-        return torch._C._storage_Use_Count(self._storage._cdata)
+    def _references(self) -> int:
+        """Of tensors to its storage, and of Python to the object that stands for that."""
+        storage = self.memory.untyped_storage()
+        return torch._C._storage_Use_Count(storage._cdata) + sys.getrefcount(storage)
 
 
 class Scratch:
@@ -151,8 +158,6 @@ class Scratch:
 
     def empty(self) -> None:
         """Nobody needs the memory of those that are free, until they are lent again."""
-        # What a mode of torch has made in place of memory is of no use without it.
-        self._free = [buffer for buffer in self._free if type(buffer.memory) is Tensor]
         for buffer in self._free:
             buffer.empty()
 

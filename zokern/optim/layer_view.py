@@ -75,6 +75,20 @@ class Hook:
         return Hook, (None, None)
 
 
+class Call:
+    """Calls a compiled layer, as its hooks would."""
+
+    def __init__(self, compiled: Callable, view: "LayerView", layer: "Layer") -> None:
+        self._compiled, self._view, self._layer = compiled, view, layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._view._begin(self._layer)
+        try:
+            return self._compiled(*args, **kwargs)
+        finally:
+            self._view._finish(self._layer)
+
+
 class LayerView:
     """What a module's readers see of its parameters until it is closed."""
 
@@ -148,16 +162,14 @@ class LayerView:
             self._undo.append(after.remove)
             return
 
+        if isinstance(compiled, Call):
+            raise RuntimeError(
+                f"the layer of {self.name_of(self._params[layer.members[0]])} is compiled, and is "
+                "being evaluated layerwise by another optimizer: end its step first"
+            )
         # A compiled call would trace hooks of its module.
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self._begin(layer)
-            try:
-                return compiled(*args, **kwargs)
-            finally:
-                self._finish(layer)
-
         self._undo.append(lambda: setattr(module, "_compiled_call_impl", compiled))
-        module._compiled_call_impl = call
+        module._compiled_call_impl = Call(compiled, self, layer)
 
     def _begin(self, layer: Layer) -> None:
         """Of a forward: what it reads is written to a buffer."""
@@ -308,6 +320,8 @@ class LayerView:
             self._scratch.take_back(buffer)
 
     def instead(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        if _in_functorch():
+            return NotImplemented
         if func is functional.embedding:
             return self._embedding(*args, **kwargs)
         if func is functional.linear:
@@ -326,8 +340,6 @@ class LayerView:
         """Of the rows that the input names."""
         i = self._index.get(id(weight))
         if i is None or max_norm is not None or isinstance(input, Watched):
-            return NotImplemented
-        if _in_functorch():
             return NotImplemented
         numbers, places = torch.unique(input.long(), return_inverse=True)
         width = weight.shape[1]

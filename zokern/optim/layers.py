@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from zokern.optim.compiled import is_compiled
@@ -40,14 +41,33 @@ class Layer:
     members: list[int]
 
 
-def structure(module: nn.Module) -> list:
-    """What :func:`layers` looks at beside the form of the members, to be compared."""
-    found: list = []
+def check_hookable(module: nn.Module) -> None:
+    """Raises ValueError if a module within takes no hooks."""
+    for name, inner in module.named_modules():
+        if isinstance(inner, torch.jit.ScriptModule):
+            raise ValueError(
+                f"layerwise=True hooks layers, and {name or 'the module'} is scripted, which "
+                "has no hooks: take layerwise=False"
+            )
+
+
+def structure(module: nn.Module) -> tuple[list[int], list]:
+    """What :func:`layers` looks at beside the form of the members, by ids; and what has these ids,
+    which are theirs as long as somebody keeps it."""
+    ids: list[int] = []
+    kept: list = []
     for inner in module.modules():
         held = inner.__dict__
-        found += inner, type(inner).forward, held.get("forward"), inner._compiled_call_impl
-        found.append(tuple(map(id, held["_parameters"].values())))
-    return found
+        # Scripted modules have a forward that cannot be asked for.
+        of_class = getattr(type(inner), "forward", None)
+        looked_at = inner, of_class, held.get("forward"), inner._compiled_call_impl
+        kept += looked_at
+        ids += map(id, looked_at)
+        ids += map(id, held["_parameters"].values())
+        ids += map(id, held["_modules"].values())
+        # Where the next one begins.
+        ids.append(0)
+    return ids, kept
 
 
 def layers(module: nn.Module, index: dict[int, int]) -> tuple[list[Layer], int]:
@@ -57,7 +77,11 @@ def layers(module: nn.Module, index: dict[int, int]) -> tuple[list[Layer], int]:
     As few as do with a buffer for the largest of those that cannot be divided, or for what may be
     written together; that is at most ``SHARE`` of all parameters, unless chunks need as much: one
     write for an attention costs less than one for each of its projections.
+
+    Raises:
+        ValueError: if modules within take no hooks, or members of the index are not there.
     """
+    check_hookable(module)
     tree = Tree(module, index)
     if len(tree.sizes) < len(index):
         raise ValueError(
@@ -69,7 +93,8 @@ def layers(module: nn.Module, index: dict[int, int]) -> tuple[list[Layer], int]:
     seen: set[int] = set()
 
     def visit(module: nn.Module) -> Iterator[Layer]:
-        if id(module) in seen:
+        # A hook would be traced, where it is read with a compiled one around it.
+        if id(module) in seen or tree.is_part_of_compiled(module):
             return
         seen.add(id(module))
         whole = tree.inside[id(module)]
@@ -119,6 +144,10 @@ class Tree:
     def is_whole(self, module: nn.Module) -> bool:
         """Whether it reads the parameters of its parts itself, or lets nothing be hooked inside."""
         return id(module) in self._compiled or isinstance(module, WHOLE)
+
+    def is_part_of_compiled(self, module: nn.Module) -> bool:
+        """Whether a compiled module reads it as a part of itself."""
+        return id(module) in self._inside_compiled and id(module) not in self._compiled
 
     def _add(self, module: nn.Module) -> set[int]:
         if id(module) not in self.inside:

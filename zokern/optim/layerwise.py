@@ -7,7 +7,6 @@ FSDP2 gathers for a forward pass anyway (:mod:`zokern.optim.fsdp_view`).
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zokern.optim.aliases import Places
@@ -23,6 +22,7 @@ from zokern.optim.fsdp_copies import sharded_modules
 from zokern.optim.fsdp_view import FsdpView, check_gathered
 from zokern.optim.interrupts import uninterrupted
 from zokern.optim.layer_view import LayerView
+from zokern.optim.layers import check_hookable
 from zokern.optim.point import Point
 from zokern.optim.workspace import Workspace
 
@@ -59,12 +59,7 @@ class LayerwiseDisplacement(Displacement):
                     f"layerwise=True takes plain parameters; {name} is a {type(param).__name__}, "
                     "which has functions of its own: take layerwise=False"
                 )
-        for name, module in self.module.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                raise ValueError(
-                    f"layerwise=True hooks layers, and {name or 'the module'} is scripted, which "
-                    "has no hooks: take layerwise=False"
-                )
+        check_hookable(self.module)
         if self._is_gathered:
             check_gathered(self.module, named_params)
         else:
@@ -105,8 +100,7 @@ class LayerwiseDisplacement(Displacement):
             self._view.end_all()
 
     def keep(self, wanted: Callable[[Member], bool]) -> None:
-        self._leave()
-        super().keep(wanted)
+        """All of them: whatever was done to what a view shows, the weights stand at rest."""
 
     def _leave(self) -> None:
         if self._view is not None:

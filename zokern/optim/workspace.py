@@ -33,7 +33,8 @@ class Workspace:
 
     def __init__(self) -> None:
         self._forms: list = []
-        self._structure: list = []
+        # Ids, and what has them.
+        self._structure: tuple[list[int], list] = ([], [])
         self._places = Places([])
         self.parts: dict[Hashable, Part] = {}
         # Members by the ids of their parameters.
@@ -41,8 +42,9 @@ class Workspace:
         self.layers: list[Layer] = []
         # Of what is written at once, in bytes.
         self.most = 0
-        # What parameters hold while they are hidden.
+        # What parameters hold while they are hidden, in the memory of these.
         self.blanks: list[Tensor] = []
+        self._nans: list[Tensor] = []
         self.scratch = Scratch()
 
     def begin(self, module: nn.Module, members: list[Member], stored: list[Tensor]) -> None:
@@ -60,13 +62,17 @@ class Workspace:
         if not is_known:
             self._forms, self.parts, self.scratch = [], {}, Scratch()
             self.index = {id(param): i for i, param in enumerate(params)}
-            self._places, self.blanks = Places(params), _nan_like(stored)
+            self._places = Places(params)
+            self._nans, self.blanks = _blanks(stored)
         self._places.check(module)
         found = structure(module)
-        if not is_known or found != self._structure:
-            self._structure = []
+        if not is_known or found[0] != self._structure[0]:
+            self._structure = [], []
             self.layers, self.most = layers(module, self.index)
             self._structure, self._forms = found, forms
+        for nan in self._nans:
+            # Who reads behind torch's back may write there too.
+            nan.fill_(torch.nan)
         self.scratch.least = self.most
 
     def __reduce__(self) -> tuple:
@@ -74,11 +80,9 @@ class Workspace:
 
 
 @torch.inference_mode(False)
-def _nan_like(tensors: list[Tensor]) -> list[Tensor]:
-    """Of the same shapes, in the memory of one element; those of one shape are the same."""
-    kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-    made = {
-        (shape, dtype, device): torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
-        for shape, dtype, device in set(kinds)
-    }
-    return [made[kind] for kind in kinds]
+def _blanks(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each dtype and device one element; and tensors of the same shapes in their memory."""
+    kinds = [(tensor.dtype, tensor.device) for tensor in tensors]
+    nans = {kind: torch.empty((), dtype=kind[0], device=kind[1]) for kind in set(kinds)}
+    blanks = [nans[kind].expand(t.shape) for kind, t in zip(kinds, tensors, strict=True)]
+    return list(nans.values()), blanks
