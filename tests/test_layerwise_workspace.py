@@ -195,6 +195,23 @@ def test_layers_that_are_compiled_between_steps_are_read_as_a_whole():
     evaluates(model, optimizer)
 
 
+@torch.no_grad()
+def test_norms_are_written_once_for_the_whole_model_and_by_themselves_without_it():
+    model = nn.Sequential(*[nn.Sequential(nn.LayerNorm(WIDTH), Reader().inner) for _ in range(3)])
+    optimizer = make(model, eps=0.1)
+    x, rest = torch.randn(16, WIDTH), copy.deepcopy(model)
+    for move in optimizer.ask():
+        whole, *others = optimizer._displacement._workspace.layers
+        assert whole.module is model
+        assert len(whole.members) == 6
+        assert not any(isinstance(layer.module, nn.LayerNorm) for layer in others)
+        there = stands_in_place(rest, move)
+        assert torch.equal(model(x), there(x))
+        assert torch.equal(model[1](x), there[1](x))
+        assert torch.equal(model[1][0](x), there[1][0](x))
+    optimizer.flush()
+
+
 class WithMore(nn.Module):
     """Reads one layer and, of another module, those in a list."""
 

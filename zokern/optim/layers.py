@@ -117,8 +117,25 @@ def layers(module: nn.Module, index: dict[int, int]) -> tuple[list[Layer], int]:
             yield from visit(child)
 
     found = list(visit(module))
+    if _has_forward(module) and not tree.is_whole(module):
+        found = _with_small_ones_together(module, found, tree, bound * SMALL)
     chunks = [tree.limits.chunk] if tree.has_chunks else []
     return found, max([*chunks, *(tree.size(layer.members) for layer in found)], default=0)
+
+
+def _with_small_ones_together(
+    module: nn.Module, found: list[Layer], tree: "Tree", room: float
+) -> list[Layer]:
+    """The norms of all decoder layers, say, with the whole model, as many as there is room for."""
+    together: set[int] = set()
+    others = []
+    for layer in found:
+        added = together.union(layer.members)
+        if tree.is_whole(layer.module) or tree.size(added) > room:
+            others.append(layer)
+        else:
+            together = added
+    return [Layer(module, sorted(together)), *others] if together else others
 
 
 class Tree:
