@@ -27,7 +27,8 @@ def layers(setting: Setting) -> int:
 def steps(setting: Setting, layers: int) -> Comparison:
     model = models.build(setting.model, layers, setting.device, setting.dtype)
     loss = evaluation(model, setting.tokens)
-    move = peers.eager_loop(list(model.parameters()))
+    params = list(model.parameters())
+    move, stored = peers.eager_loop(params), [param.data for param in params]
 
     @torch.no_grad()
     def forward() -> None:
@@ -37,9 +38,12 @@ def steps(setting: Setting, layers: int) -> Comparison:
     @torch.no_grad()
     def eager() -> None:
         peers.mezo_step(move, loss)
+        # It gives the parameters other memory, which the optimizers would take for another model's.
+        for param, own in zip(params, stored, strict=True):
+            param.data = own
 
     return Comparison(
-        numels(list(model.parameters())),
+        numels(params),
         {name: Line(step(model, loss, name), 0) for name in (IN_PLACE, LAYERWISE)},
         {FORWARD: forward, EAGER_LOOP: eager},
         note=f"{setting.model}, {layers} of {models.layers_of(setting.model)} layers, "
